@@ -1,0 +1,287 @@
+"""Latency, throughput, size, FLOPs and memory, measured so that two numbers of one table can be compared.
+
+Dense and compressed models are timed *interleaved*: every round runs each candidate once, in a shuffled order, and a
+speed-up is the median over rounds of dense time / compressed time within the same round. Drift of clock speed, heat
+or a neighbour on the machine then hits all candidates alike. Medians and quartiles are reported, never the best of
+many. Nothing is timed before its outputs agree with PyTorch fp32 (``check_agreement``).
+
+    python -m lib.benchmark latency --encoder base --keep-layers 6 --batch 1 --length 384
+"""
+
+import argparse
+import contextlib
+import gc
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.utils.logging import disable_progress_bar
+
+from lib.agreement import check_agreement, random_batch
+from lib.config import StudyError
+from lib.engines import ENGINES, Prepared, available_engines, prepare, safetensors_bytes, unavailable_reason
+from lib.environment import hardware, reexec_with_fast_allocator, usable_cpus
+from lib.memory import peak_memory
+from lib.models import ARCHITECTURES, layers, load_model, random_model
+from lib.onnx_export import evaluation_copy, quiet
+from lib.surgery import drop_layers
+
+__all__ = ["check_agreement", "flops", "latency", "peak_memory", "random_batch", "size_on_disk"]
+
+
+def latency(
+    candidates: Mapping[str, Prepared | Callable[[dict[str, np.ndarray]], Any]],
+    batch: int,
+    length: int,
+    threads: int,
+    vocab_size: int,
+    rounds: int = 10,
+    warmup: int = 2,
+    min_seconds: float = 0.05,
+    dense: str | Mapping[str, str] | None = None,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """Time candidates against each other on one batch shape without padding.
+
+    A candidate's turn is one untimed call, which brings its weights back into the caches and its threads out of
+    sleep, then timed calls until ``min_seconds`` are spent; the turn's value is their median.
+
+    Args:
+        candidates: name -> prepared engine, or any function of a batch.
+        threads: must be what the engines were prepared with.
+        rounds: turns of every candidate; the n of the quartiles.
+        warmup: untimed calls of every candidate before the first round.
+        dense: the candidate that ratios are taken against, or one per name; the first candidate by default.
+        clock: seconds; for tests.
+
+    Returns:
+        One row per candidate, in order: name, engine, precision, runs_on, batch, length, threads, median_ms, q1_ms,
+        q3_ms, n, throughput_per_s (examples), dense, ratio_to_dense (above 1 is faster than dense), ratio_q1, ratio_q3.
+
+    Raises:
+        StudyError: impossible value, unknown dense candidate, an engine prepared for other threads.
+    """
+    for field, value in (("batch", batch), ("length", length), ("threads", threads), ("rounds", rounds)):
+        if value < 1:
+            raise StudyError(f"latency: {field}: found {value}, expected 1 or more")
+    names = list(candidates)
+    against = {name: dense.get(name, name) if isinstance(dense, Mapping) else dense or names[0] for name in names}
+    unknown = [name for name in against.values() if name not in candidates]
+    if unknown:
+        raise StudyError(f"latency: dense candidate '{unknown[0]}' is not among the candidates {', '.join(names)}")
+    for name, candidate in candidates.items():
+        if isinstance(candidate, Prepared) and candidate.threads != threads:
+            raise StudyError(f"latency: '{name}' was prepared for {candidate.threads} threads, not for {threads}")
+    inputs = random_batch(batch, length, vocab_size, seed)
+    calls = {name: c.run if isinstance(c, Prepared) else c for name, c in candidates.items()}
+    turns: dict[str, list[float]] = {name: [] for name in names}
+    order, shuffler = list(names), random.Random(seed)
+    with _undisturbed(threads):
+        for name in names:
+            for _ in range(warmup):
+                calls[name](inputs)
+        for _ in range(rounds):
+            shuffler.shuffle(order)
+            for name in order:
+                turns[name].append(_turn(calls[name], inputs, min_seconds, clock))
+    conditions = {"batch": batch, "length": length, "threads": threads}
+    return [_row(name, candidates[name], turns, against[name], conditions) for name in names]
+
+
+def _turn(call: Callable[[Any], Any], inputs: Any, min_seconds: float, clock: Callable[[], float]) -> float:
+    """Median milliseconds of one candidate's timed calls in one round."""
+    call(inputs)
+    times: list[float] = []
+    while not times or sum(times) < min_seconds:
+        start = clock()
+        call(inputs)
+        times.append(clock() - start)
+    return 1e3 * float(np.median(times))
+
+
+def _row(
+    name: str, candidate: Any, turns: Mapping[str, list[float]], dense: str, conditions: dict[str, int]
+) -> dict[str, Any]:
+    q1, median, q3 = np.percentile(turns[name], (25, 50, 75))
+    ratio_q1, ratio, ratio_q3 = np.percentile(np.divide(turns[dense], turns[name]), (25, 50, 75))
+    known = isinstance(candidate, Prepared)
+    return {
+        "name": name,
+        "engine": candidate.engine if known else "",
+        "precision": candidate.precision if known else "",
+        "runs_on": candidate.runs_on if known else "",
+        **conditions,
+        "median_ms": float(median),
+        "q1_ms": float(q1),
+        "q3_ms": float(q3),
+        "n": len(turns[name]),
+        "throughput_per_s": 1e3 * conditions["batch"] / float(median),
+        "dense": dense,
+        "ratio_to_dense": float(ratio),
+        "ratio_q1": float(ratio_q1),
+        "ratio_q3": float(ratio_q3),
+    }
+
+
+@contextlib.contextmanager
+def _undisturbed(threads: int) -> Iterator[None]:
+    """No garbage collection between two clock readings; torch's thread count is put back afterwards."""
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if collecting:
+            gc.enable()
+
+
+def size_on_disk(model: nn.Module) -> int:
+    """Bytes of the model's safetensors file; zeros cost as much as other weights, shared tensors count once."""
+    return safetensors_bytes(model)
+
+
+def flops(model: nn.Module, batch: int, length: int) -> int:
+    """Floating-point operations of one forward pass's matrix products, a multiply-add as two (embeddings: none)."""
+    counted = evaluation_copy(model, "eager", torch.float32, "cpu")
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        counted(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return batch * counter.get_total_flops()
+
+
+# Short names for published shapes; their weights are random, which latency does not notice.
+_SHAPES = {"tiny": "tiny", "base": "bert-base-uncased", "large": "bert-large-uncased"}
+
+
+def _encoder(name: str) -> Any:
+    """A QA model for ``--encoder``: a published shape with random weights, or any encoder that the study can load."""
+    shape = _SHAPES.get(name, name)
+    if shape in ARCHITECTURES and shape != "minilm":
+        return random_model(shape)
+    disable_progress_bar()
+    with quiet():
+        return load_model(name, "qa").eval()
+
+
+def _positions(config: Any) -> int:
+    """Longest input of a model; RoBERTa spends two positions on padding, XLNet has no limit."""
+    limit = getattr(config, "max_position_embeddings", 0)
+    return (limit - 2 if config.model_type == "roberta" else limit) if limit > 0 else 1 << 20
+
+
+def _versions(options: argparse.Namespace) -> dict[str, Any]:
+    """The models to time against each other: the full one, and the one of ``--keep-layers``."""
+    model = _encoder(options.encoder)
+    limit, total = _positions(model.config), len(layers(model))
+    if options.length > limit:
+        raise StudyError(f"--length: found {options.length}, but '{options.encoder}' has {limit} positions")
+    if options.keep_layers is None:
+        return {"": model}
+    if not 1 <= options.keep_layers < total:
+        raise StudyError(f"--keep-layers: found {options.keep_layers}, expected 1 to {total - 1} for {options.encoder}")
+    smaller = evaluation_copy(model, "sdpa", torch.float32, "cpu")
+    drop_layers(smaller, range(options.keep_layers + 1, total + 1))
+    return {f" {total} layers": model, f" {options.keep_layers} layers": smaller}
+
+
+def _latency_command(options: argparse.Namespace) -> str:
+    """Prepare, check and time; returns the printed table."""
+    for field in ("batch", "length", "threads", "rounds"):
+        if getattr(options, field) < 1:
+            raise StudyError(f"--{field}: found {getattr(options, field)}, expected 1 or more")
+    engines = options.engine or [name for name in ENGINES if "cuda" not in name] + available_engines("cuda")
+    missing = {engine: reason for engine in engines if (reason := unavailable_reason(engine))}
+    if len(missing) == len(set(engines)):
+        raise StudyError("; ".join(f"{engine} is {reason}" for engine, reason in missing.items()))
+    versions = _versions(options)
+    full = next(iter(versions.values()))
+    vocab, short = full.config.vocab_size, min(24, _positions(full.config))
+    checks = [random_batch(2, short, vocab, 1, padding=short // 2), random_batch(3, short - 7, vocab, 2, padding=4)]
+    candidates, dense, errors = {}, {}, {}
+    with tempfile.TemporaryDirectory(prefix="latency-") as folder:
+        for engine in dict.fromkeys(engines):
+            if engine in missing:
+                continue
+            for suffix, model in versions.items():
+                name = f"{engine}{suffix}"
+                candidates[name] = prepare(
+                    engine, model, checks[0], options.threads, checks, Path(folder) / suffix.strip()
+                )
+                errors[name] = check_agreement(candidates[name], model, checks)["relative_diff"]
+                dense[name] = f"{engine}{next(iter(versions))}" if len(versions) > 1 else next(iter(candidates))
+        rows = latency(
+            candidates, options.batch, options.length, options.threads, vocab,
+            rounds=options.rounds, dense=dense, seed=options.seed,
+        )  # fmt: skip
+    cells = [[
+        row["name"], f"{row['median_ms']:.1f}", f"{row['q1_ms']:.1f}–{row['q3_ms']:.1f}",
+        f"{row['throughput_per_s']:.1f}", f"{row['ratio_to_dense']:.2f} ({row['ratio_q1']:.2f}–{row['ratio_q3']:.2f})",
+        f"{candidates[row['name']].size_bytes / 1e6:.1f}", f"{errors[row['name']]:.0e}",
+    ] for row in rows]  # fmt: skip
+    headers = ("engine", "median ms", "quartiles", "examples/s", "× dense (quartiles)", "MB", "error")
+    table = tabulate(cells, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 6))
+    machine, work = hardware(), flops(full, options.batch, options.length)
+    return "\n".join([
+        f"{options.encoder}, batch {options.batch}, {options.length} tokens, {options.threads} threads, "
+        f"{options.rounds} rounds, {work / 1e9:.3g} GFLOP per call",
+        f"{machine['cpu']}, {machine['threads']} CPUs, {' '.join(machine['isa']) or 'instruction sets unknown'}",
+        f"dense: {'the full model on the same engine' if len(versions) > 1 else rows[0]['name']}; "
+        "error: of the logits, relative to PyTorch fp32",
+        "", table, *(f"{engine}  {reason}" for engine, reason in missing.items()),
+    ])  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad options end in one line like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StudyError(f"{message}; see python -m lib.benchmark --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m lib.benchmark", description="Measure speed on this machine.")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+    command = commands.add_parser("latency", help="time one encoder on every engine")
+    add = command.add_argument
+    add("--encoder", default="minilm", help="minilm, tiny, base, large, a folder or a hub name (default minilm)")
+    add("--engine", action="append", choices=ENGINES, metavar="NAME", help=f"repeatable: {', '.join(ENGINES)}")
+    add("--keep-layers", type=int, metavar="N", help="also time the model cut to its first N layers")
+    add("--batch", type=int, default=1, help="examples per call (default 1)")
+    add("--length", type=int, default=128, help="tokens per example (default 128)")
+    add("--threads", type=int, default=usable_cpus(), help="CPU threads (default: all usable)")
+    add("--rounds", type=int, default=10, help="turns per engine (default 10)")
+    add("--seed", type=int, default=0, help="of the tokens and of the order within a round")
+    command.set_defaults(run=_latency_command)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand: 0, or 2 after one line about a user's mistake."""
+    try:
+        options = _parser().parse_args(arguments)
+        print(options.run(options))
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    reexec_with_fast_allocator()
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""The papers' claims, each checked against records: one function per paper, one row per claim.
+
+A claim is split by what can be checked here: *size* (exact counts), *speed* (published shapes, this machine), *quality*
+(retained share on the profile's encoder and data), *original setting* (profile ``paper``). A row whose records do not
+exist yet says so instead of guessing.
+"""
+
+import numpy as np
+import pandas as pd
+
+from lib.analysis import published_retained
+from lib.data import TASKS
+from lib.figures import bootstrap_interval
+from lib.models import published_parameters
+from lib.published import published
+
+SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
+QUALITY_TOLERANCE = 2.0  # points of retained share
+NOT_RUN = "not run yet"
+
+
+def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | None, evidence: str) -> dict[str, str]:
+    """One row. ``holds`` None means that the records at hand cannot tell."""
+    word = {True: "holds", False: "does not hold here", None: "not testable here"}[holds]
+    return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
+
+
+def poor_mans_bert(layers: int, curves: pd.DataFrame, orders: pd.DataFrame, training: pd.DataFrame,
+                   inference: pd.DataFrame) -> pd.DataFrame:  # fmt: skip
+    """Verdicts on Sajjad et al. 2020.
+
+    Args:
+        layers: of the profile's encoder.
+        curves: rows of ``analysis.strategy_frame`` for "before", variants ``K=…``.
+        orders: rows of ``analysis.strategy_frame`` of several procedures, complete per task and seed.
+        training: ``analysis.training_speed_frame`` with ``dropped (%)``; may be empty.
+        inference: ``analysis.latency_frame`` with ``time saved (%)`` and ``dropped (%)``; may be empty.
+    """
+    glue = curves[curves["task"].map(lambda task: TASKS[task].kind != "qa")]
+    rows = [
+        _size(),
+        _fine_tuning(training),
+        _inference(inference),
+        _retained(glue, layers),
+        _top_is_best(glue, layers),
+        _order(orders, "after", "Dropping from the fine-tuned model and fine-tuning again is comparable"),
+        _order(orders, "iterative", "Dropping one layer at a time gains nothing"),
+    ]
+    return pd.DataFrame(rows)
+
+
+def _size() -> dict[str, str]:
+    exact = published_parameters("bert-base-uncased", 6) / 1e6
+    printed = published("sajjad2020", metric="parameters", model="BERT-base", K=6)["value"].item()
+    return verdict(
+        "BERT-base without six layers is 40 % smaller", "size", f"{printed:.0f} M", f"{exact:.2f} M",
+        abs(exact - printed) <= 1, "exact count on the published architecture; printed numbers are rounded",
+    )  # fmt: skip
+
+
+def _fine_tuning(training: pd.DataFrame) -> dict[str, str]:
+    claim = "Half the layers fine-tune almost twice as fast"
+    printed = published("sajjad2020", metric="finetuning_speedup", model="BERT-base", K=6)["value"].item()
+    half = training
+    if len(training):
+        half = training[np.isclose(training["dropped (%)"], 50) & (training["precision"] == "fp32")]
+    if half.empty:
+        return verdict(claim, "speed", f"{printed:.2f} ×", NOT_RUN, None, "")
+    row = half.iloc[0]
+    evidence = f"{row['cpu']}, fp32, batch {row['batch']} × {row['length']} tokens, {row['n']} interleaved rounds"
+    ours = f"{row['ratio_to_dense']:.2f} × ({row['ratio_q1']:.2f}–{row['ratio_q3']:.2f})"
+    holds = row["ratio_to_dense"] >= SPEED_TOLERANCE * printed
+    return verdict(claim, "speed", f"{printed:.2f} ×", ours, bool(holds), evidence)
+
+
+def _inference(inference: pd.DataFrame) -> dict[str, str]:
+    claim = "Half the layers halve the inference time"
+    printed = published("sajjad2020", metric="inference_time_reduction", model="BERT-base", K=6)["value"].item()
+    if inference.empty:
+        return verdict(claim, "speed", f"{printed:.0f} % saved", NOT_RUN, None, "")
+    half = inference[np.isclose(inference["dropped (%)"], 50) & (inference["batch"] == inference["batch"].max())]
+    if half.empty:
+        return verdict(claim, "speed", f"{printed:.0f} % saved", NOT_RUN, None, "")
+    saved = half["time saved (%)"]
+    first = half.iloc[0]
+    evidence = (
+        f"{half['engine'].nunique()} engines on {first['cpu']}, batch {first['batch']} × {first['length']} tokens, "
+        f"{first['threads']} threads"
+    )
+    ours = f"{saved.min():.0f} to {saved.max():.0f} % saved"
+    holds = bool((saved >= SPEED_TOLERANCE * printed).all())
+    return verdict(claim, "speed", f"{printed:.0f} % saved", ours, holds, evidence)
+
+
+def _retained(glue: pd.DataFrame, layers: int) -> dict[str, str]:
+    claim = "Half of the layers, dropped from the top, keep nearly all of the score"
+    theirs = published_retained("sajjad2020", 12, place="v1 Table 1", model="BERT-base")
+    printed = theirs[theirs["dropped_share"] == 0.5]["retained"].mean()
+    ours = glue[(glue["strategy"] == "top") & (2 * glue["k"] == layers)]
+    if ours["retained"].count() == 0:
+        return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
+    mean = ours.groupby("task")["retained"].mean().mean()
+    evidence = f"mean over {ours['task'].nunique()} tasks, {_seeds(ours)}; the paper's is over 7 GLUE tasks"
+    return verdict(
+        claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", bool(mean >= printed - QUALITY_TOLERANCE), evidence
+    )
+
+
+def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
+    claim = "Dropping from the top is the best or near-best strategy"
+    at_half = glue[2 * glue["k"] == layers]
+    shared = at_half.groupby(["task", "seed"])["strategy"].transform("nunique") == at_half["strategy"].nunique()
+    means = at_half[shared].groupby("strategy")["retained"].mean().sort_values(ascending=False)
+    if "top" not in means or len(means) < 2:
+        return verdict(claim, "quality", "best at K = 6", NOT_RUN, None, "")
+    best = means.index[0]
+    ours = f"{list(means.index).index('top') + 1} of {len(means)}" + (
+        "" if best == "top" else f" ({best} {means.iloc[0]:.1f} %, top {means['top']:.1f} %)"
+    )
+    compared = at_half[shared]
+    evidence = f"retained share at half of the layers, {compared['task'].nunique()} tasks, {_seeds(compared)}"
+    holds = bool(means["top"] >= means.iloc[0] - QUALITY_TOLERANCE)
+    return verdict(claim, "quality", "best at K = 6", ours, holds, evidence)
+
+
+def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
+    both = orders[orders["procedure"].isin(["before", procedure])]
+    if both["procedure"].nunique() < 2:
+        return verdict(claim, "quality", "within a point", NOT_RUN, None, "")
+    pairs = both.pivot_table(index=["k", "task", "seed"], columns="procedure", values="retained").dropna()
+    gain = bootstrap_interval(pairs[procedure] - pairs["before"])
+    ours = f"{gain.mean:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f})"
+    gained = abs(gain.mean) if procedure == "after" else gain.mean
+    evidence = f"retained share, paired over {len(pairs)} (K, task, seed); 95 % bootstrap interval"
+    return verdict(claim, "quality", "within a point or so", ours, bool(gained <= QUALITY_TOLERANCE), evidence)
+
+
+def _seeds(frame: pd.DataFrame) -> str:
+    counts = frame.groupby("task")["seed"].nunique()
+    low, high = counts.min(), counts.max()
+    return f"{low} seed{'s' if low > 1 else ''} each" if low == high else f"{low} to {high} seeds each"

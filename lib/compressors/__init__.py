@@ -1,0 +1,45 @@
+"""The compressors by name. A name with a colon, ``package.module:Class``, is a user's own."""
+
+import importlib
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from lib.compressors.base import Compressor
+from lib.compressors.layer_dropping import LayerDropping
+from lib.config import Strict, StudyError
+
+COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (LayerDropping,)}
+
+__all__ = ["COMPRESSORS", "Compressor", "CompressorSpec", "LayerDropping", "make_compressor"]
+
+
+class CompressorSpec(Strict):
+    """A compressor's name and its settings, as a run's spec holds them."""
+
+    name: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+def make_compressor(spec: CompressorSpec) -> Compressor:
+    """Build the compressor that a spec names.
+
+    Raises:
+        StudyError: unknown name, or settings that the method does not have or allow.
+    """
+    if ":" in spec.name:
+        module, _, attribute = spec.name.partition(":")
+        try:
+            cls = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise StudyError(f"compressor '{spec.name}' cannot be imported ({error})") from None
+    elif spec.name in COMPRESSORS:
+        cls = COMPRESSORS[spec.name]
+    else:
+        raise StudyError(f"unknown compressor '{spec.name}'; known: {', '.join(COMPRESSORS)}, or 'module:Class'")
+    try:
+        return cls(cls.Settings.model_validate(spec.settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise StudyError(f"compressor {spec.name}: setting {field}: {first['msg']}, found {first['input']!r}") from None

@@ -1,0 +1,321 @@
+"""Papermill, made strict: ``python -m lib.execute PROFILE`` executes the notebooks in order.
+
+An unknown parameter is an error, progress shows all along, and a notebook appears under ``results/<profile>/notebooks``
+only when it is whole: it is executed into a partial file beside, cleaned of machine paths and stderr, and renamed. What
+fails or is interrupted is kept under a name that says so. Records are cached, so a second run is quick.
+
+Exit codes: 0 done; 2 the user can mend it (one line says how); 1 a notebook raised; 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import nbformat
+import papermill
+import psutil
+import yaml
+
+from lib import kernel
+from lib.config import ROOT, Profile, StudyError, load_profile
+from lib.files import cannot_write, write_atomically
+from lib.progress import duration
+
+NOTEBOOKS = ROOT / "notebooks"
+PATH_PARAMETERS = ("results", "data_dir")  # relative to where the command was given, not to the notebook
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass
+class Outcome:
+    """What became of one notebook: ``status`` is done, failed, interrupted or not run; ``seconds`` of wall clock."""
+
+    name: str
+    status: str = "not run"
+    seconds: float = 0.0
+
+
+class NotebookError(Exception):
+    """A notebook raised something that is not the user's mistake; one or two lines saying what and where."""
+
+
+def notebooks(folder: Path = NOTEBOOKS, only: Sequence[str] = ()) -> list[Path]:
+    """The notebooks of ``folder`` in order; ``only`` selects by number ("05") or name.
+
+    Raises:
+        StudyError: no notebooks, or a selection that names none.
+    """
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise StudyError(f"no notebooks NN_*.ipynb in {folder}; run from a complete checkout")
+    for wanted in only:
+        if not any(_selects(wanted, path) for path in found):
+            raise StudyError(f"no notebook '{wanted}'; there is {', '.join(path.stem for path in found)}")
+    return [path for path in found if not only or any(_selects(wanted, path) for wanted in only)]
+
+
+def _selects(wanted: str, path: Path) -> bool:
+    return Path(wanted).name.removesuffix(".ipynb") in (path.stem, path.stem[:2])
+
+
+def parameters_of(path: Path) -> dict[str, dict[str, str]]:
+    """A notebook's parameters in order: name to ``inferred_type_name``, ``default`` and ``help``."""
+    try:
+        return papermill.inspect_notebook(str(path))
+    except (ValueError, nbformat.reader.NotJSONError) as error:
+        raise StudyError(f"{path.name}: not a readable notebook ({str(error).splitlines()[0][:120]})") from None
+
+
+def assign(paths: Sequence[Path], given: Sequence[tuple[str, str]], profile: str) -> dict[Path, dict[str, Any]]:
+    """Each notebook's parameters: those of ``given`` that it declares, and the profile.
+
+    Raises:
+        StudyError: a parameter that no notebook has, or a value of the wrong type.
+    """
+    declared = {path: parameters_of(path) for path in paths}
+    known = list(dict.fromkeys(name for parameters in declared.values() for name in parameters))
+    for name, _ in given:
+        if name == "profile":
+            raise StudyError("parameter 'profile' is the command's first argument; leave -p profile out")
+        if name not in known:
+            where = paths[0].name if len(paths) == 1 else "any notebook"
+            raise StudyError(f"unknown parameter '{name}' in {where}; known: {', '.join(known) or 'none'}")
+    chosen: dict[Path, dict[str, Any]] = {}
+    for path, parameters in declared.items():
+        values = {name: parse(name, text, parameters[name]) for name, text in given if name in parameters}
+        chosen[path] = ({"profile": profile} if "profile" in parameters else {}) | values
+    return chosen
+
+
+def parse(name: str, text: str, parameter: dict[str, str]) -> Any:
+    """A value as YAML, held to the notebook's annotation where that is str, int, float or bool."""
+    kind = parameter["inferred_type_name"]
+    if name in PATH_PARAMETERS and text:
+        return str(Path(text).expanduser().absolute())
+    if kind == "str":
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise StudyError(
+            f"parameter '{name}': cannot read {text!r} as YAML; write 3, 0.5, true, [1, 2] or text"
+        ) from None
+    if kind == "float" and isinstance(value, str):  # YAML 1.1 takes 1e-4 for text
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    expected = {"int": int, "float": float, "bool": bool}.get(kind)
+    if expected and type(value) is not expected:
+        raise StudyError(f"parameter '{name}': found {text!r}, expected {kind} ({parameter['help'] or 'no help'})")
+    return value
+
+
+def run(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
+    """Execute one notebook into ``folder``; returns where the executed copy lies.
+
+    Raises:
+        StudyError: the notebook raised one, or ``folder`` cannot be written.
+        NotebookError: anything else that a cell raised, or a dead kernel.
+        kernel.Interrupted: Ctrl-C or SIGTERM.
+    """
+    target = folder / path.name
+    partial = folder / f".{path.stem}.{os.getpid()}.partial.ipynb"
+    _remove_abandoned(folder)
+    write_atomically(partial, path.read_bytes())  # an unwritable folder shows before a kernel starts
+    ending = "failed"
+    try:
+        executed = kernel.execute(path, partial, parameters)
+        write_atomically(target, nbformat.writes(clean(executed, path, target, parameters)) + "\n")
+        ending = ""
+    except kernel.Interrupted:
+        ending = "interrupted"
+        raise
+    except papermill.PapermillExecutionError as error:
+        raise _explained(error, path.name, kept_as(target, ending)) from None
+    except OSError as error:
+        raise cannot_write(target, error) if error.errno in UNWRITABLE else error from None
+    except RuntimeError as error:
+        raise NotebookError(f"{path.name}: {error}\n  kept: {_near(kept_as(target, ending))}") from None
+    finally:
+        with contextlib.suppress(OSError):  # the error that led here is the one to show
+            for stale in ("failed", "interrupted"):
+                kept_as(target, stale).unlink(missing_ok=True)
+            if ending:
+                partial.replace(kept_as(target, ending))
+            partial.unlink(missing_ok=True)
+    return target
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Partial notebooks of processes that were killed; those of a run beside this one stay."""
+    for partial in folder.glob(".*.partial.ipynb"):
+        process = partial.name.split(".")[-3]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            partial.unlink(missing_ok=True)
+
+
+def kept_as(target: Path, ending: str) -> Path:
+    """Where the partial copy of a notebook that did not finish is kept."""
+    return target.with_name(f"{target.stem}.{ending}.ipynb")
+
+
+def _explained(error: papermill.PapermillExecutionError, name: str, kept: Path) -> Exception:
+    text = (str(error.evalue).strip().splitlines() or [""])[0][:400]
+    if error.ename == "StudyError":
+        return StudyError(text)
+    if text.startswith(f"[Errno {errno.ENOSPC}]"):
+        return StudyError(f"{name}: disk full; finished records are safe, free some space and run again")
+    return NotebookError(f"{name}, cell [{error.exec_count}]: {error.ename}: {text}\n  kept: {_near(kept)}")
+
+
+def clean(notebook: Any, source: Path, target: Path, parameters: dict[str, Any]) -> Any:
+    """An executed notebook without what would differ in the next run of the same: paths, dates, stderr, random ids."""
+    output = _near(target, ROOT) if target.is_relative_to(ROOT) else target.name
+    notebook.metadata.papermill.update(input_path=f"notebooks/{source.name}", output_path=output)
+    for metadata in (notebook.metadata.papermill, *(cell.metadata.get("papermill", {}) for cell in notebook.cells)):
+        metadata.pop("start_time", None)
+        metadata.pop("end_time", None)
+    secrets = {str(value): f"<{name}>" for name, value in parameters.items() if _is_path(value)}
+    secrets |= {os.environ["STUDY_DATA"]: "<STUDY_DATA>"} if _is_path(os.environ.get("STUDY_DATA")) else {}
+    secrets |= {f"{ROOT}{os.sep}": "", str(ROOT): ".", sys.prefix: "<environment>", str(Path.home()): "~"}
+    # longest first, since one may lie inside another; a home of "/" would take every slash
+    order = sorted((text for text in secrets if len(text) > 2), key=len, reverse=True)
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected-parameters"  # papermill draws a new one each time
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    return _replaced(notebook, [(text, secrets[text]) for text in order])
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and os.path.isabs(value)
+
+
+def _replaced(node: Any, pairs: Sequence[tuple[str, str]]) -> Any:
+    """``node`` with every text in it rewritten."""
+    if isinstance(node, dict):
+        return type(node)({key: _replaced(value, pairs) for key, value in node.items()})
+    if isinstance(node, list):
+        return [_replaced(value, pairs) for value in node]
+    if isinstance(node, str):
+        for old, new in pairs:
+            node = node.replace(old, new)
+    return node
+
+
+def _near(path: Path, base: Path | None = None) -> str:
+    """``path`` relative to ``base`` (the working directory) where it lies below, else as it is; "/" between parts."""
+    base = base or Path.cwd()
+    return (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
+
+
+def run_all(paths: Sequence[Path], profile: Profile, chosen: dict[Path, dict[str, Any]]) -> None:
+    """Execute ``paths`` in order, stop at the first that fails, and end with a table of what was made."""
+    outcomes = [Outcome(path.name) for path in paths]
+    before = _counts(profile.results)
+    try:
+        for number, (path, outcome) in enumerate(zip(paths, outcomes, strict=True), 1):
+            print(f"-> {path.name} ({number} of {len(paths)})", flush=True)
+            started, outcome.status = time.monotonic(), "failed"
+            try:
+                run(path, profile.results / "notebooks", chosen[path])
+                outcome.status = "done"
+            except (kernel.Interrupted, KeyboardInterrupt):
+                outcome.status = "interrupted"
+                raise
+            finally:
+                outcome.seconds = time.monotonic() - started
+            print(f"   {path.stem[:2]} | done in {duration(outcome.seconds)}", flush=True)
+    finally:
+        print(summary(outcomes, profile.results, before), flush=True)
+
+
+def _counts(results: Path) -> dict[str, int]:
+    patterns = {"figures": "figures/*.pdf", "tables": "tables/*.csv", "records": "runs/*.json"}
+    return {what: len(list(results.glob(pattern))) for what, pattern in patterns.items()}
+
+
+def summary(outcomes: Sequence[Outcome], results: Path, before: dict[str, int]) -> str:
+    """The closing table: notebooks with status and time, then what lies where and how many records are new."""
+    width = max(len(outcome.name) for outcome in outcomes)
+    lines = [f"\n{'notebook':<{width}}  {'status':<11}  {'time':>7}"]
+    lines += [f"{o.name:<{width}}  {o.status:<11}  {duration(o.seconds) if o.seconds else '-':>7}" for o in outcomes]
+    for what, count in _counts(results).items():
+        new = f", {count - before[what]} new" if what == "records" else ""
+        lines.append(f"{count:>4} {what + new:<18} in {_near(results / ('runs' if what == 'records' else what))}/")
+    return "\n".join([*lines, f"     executed notebooks in {_near(results / 'notebooks')}/"])
+
+
+def help_parameters(paths: Sequence[Path]) -> str:
+    """Every parameter once: type, default, meaning and the notebooks that have it."""
+    lines: dict[str, list[str]] = {}
+    for path in paths:
+        for name, parameter in parameters_of(path).items():
+            text = f"  {name}: {parameter['inferred_type_name']} = {parameter['default']}\n      {parameter['help']}"
+            lines.setdefault(text, []).append(path.stem[:2])
+    return "\n".join(f"{text}  [{', '.join(where)}]" for text, where in lines.items())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StudyError(f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m lib.execute", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("profile", nargs="?", default="quick", help="smoke, quick, study, paper or a YAML file")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number or name")
+    parser.add_argument(
+        "-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter"
+    )
+    parser.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
+    parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
+    parser.add_argument("--help-parameters", action="store_true", help="list every parameter with its meaning and stop")
+    return parser
+
+
+def _main(arguments: Sequence[str] | None) -> None:
+    options = _parser().parse_args(arguments)
+    given = [(name, value) for name, value in options.given]
+    profile = load_profile(options.profile, results=dict(given).get("results"))
+    named = options.profile if options.profile == profile.name else str(Path(options.profile).absolute())
+    paths = notebooks(options.notebooks, options.only)
+    if options.list or options.help_parameters:
+        print("\n".join(path.name for path in paths) if options.list else help_parameters(paths))
+        return
+    chosen = assign(paths, given, named)
+    if os.environ.get("STUDY_DATA"):  # kernels start in another folder
+        os.environ["STUDY_DATA"] = str(Path(os.environ["STUDY_DATA"]).absolute())
+    run_all(paths, profile, chosen)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    for noisy in ("papermill", "traitlets"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what they report is raised as well
+    try:
+        _main(arguments)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (kernel.Interrupted, KeyboardInterrupt) as error:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 128 + getattr(error, "signal", 2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""How each kind of spec is carried out. ``runs.ensure`` decides whether; nothing else calls this module.
+
+Every function takes a spec and the profile (which says only where data and results lie) and returns the record's
+``result``.
+"""
+
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib import benchmark, engines, training_speed
+from lib.agreement import check_agreement, random_batch
+from lib.compressors import Compressor, make_compressor
+from lib.compressors.layer_dropping import layer_contributions
+from lib.config import Profile, StudyError
+from lib.data import TASKS, load_task
+from lib.distillation import Distiller, expose_attention_scores
+from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
+from lib.progress import say
+from lib.specs import (
+    ContributionSpec,
+    LatencyModel,
+    LatencySpec,
+    Spec,
+    StockComparisonSpec,
+    TrainingSpeedSpec,
+    TrainSpec,
+    label,
+    spec_hash,
+)
+from lib.surgery import drop_layers, load_compressed, save_compressed
+from lib.training import TrainingSettings, encode, evaluate_model, fine_tune
+
+
+def execute(spec: Spec, profile: Profile) -> dict[str, Any]:
+    """Carry out a spec of any kind."""
+    if isinstance(spec, TrainSpec):
+        return run_training(spec, profile)
+    if isinstance(spec, ContributionSpec):
+        return run_contribution(spec, profile)
+    if isinstance(spec, LatencySpec):
+        return run_latency(spec)
+    if isinstance(spec, TrainingSpeedSpec):
+        return run_training_speed(spec)
+    assert isinstance(spec, StockComparisonSpec)
+    return run_stock_comparison(spec, profile)
+
+
+def weights_folder(profile: Profile, spec: TrainSpec) -> Path:
+    """Where the weights of a finished run are kept (teachers and models that other runs begin with)."""
+    return profile.results / "models" / spec_hash(spec)
+
+
+def finished_model(profile: Profile, spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that a run ended with; trained again when only its record travelled, not its weights."""
+    folder = weights_folder(profile, spec)
+    if not folder.is_dir():
+        run_training(spec, profile, keep_weights=True)
+    return load_compressed(folder)
+
+
+def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) -> dict[str, Any]:
+    """Load, compress, fine-tune, cut out, measure. Dense baselines and ``keep_weights`` leave their weights behind."""
+    task = TASKS[spec.task]
+    settings = spec.training
+    data = _task_data(spec, profile)
+    model, tokenizer = _initial(spec, profile)
+    compressor = make_compressor(spec.compressor) if spec.compressor else Compressor(None)
+    compressor.attach(model)
+    result: dict[str, Any] = {"train_examples": len(data["train"]), "eval_examples": len(data["validation"])}
+    if settings.epochs:
+        distiller = _distiller(spec, profile, model)
+        outcome = fine_tune(
+            model, tokenizer, _features(spec, profile, "train"), settings, spec.seed,
+            profile.results / "checkpoints" / spec_hash(spec),
+            compressor, distiller, label(spec), profile.training.checkpoint_minutes,
+        )  # fmt: skip
+        result["training"] = outcome.model_dump(mode="json")
+    model = compressor.finalize(model)
+    features = _features(spec, profile, "validation")
+    result |= evaluate_model(
+        model, tokenizer, task, data["validation"], features, settings, f"{label(spec)}, evaluating"
+    )
+    result["model"] = describe(model)
+    result["compression"] = compressor.summary()
+    if keep_weights or spec.compressor is None:
+        _keep(model, tokenizer, weights_folder(profile, spec))
+    return result
+
+
+def _task_data(spec: TrainSpec, profile: Profile) -> DatasetDict:
+    settings = spec.training
+    return _load(spec.task, spec.data, profile.data_dir, settings.train_examples, settings.eval_examples)
+
+
+def _features(spec: TrainSpec, profile: Profile, split: str) -> Dataset:
+    """A split's features; runs that follow each other often share them."""
+    names = ("max_length", "stride", "train_examples", "eval_examples")
+    settings = tuple((name, getattr(spec.training, name)) for name in names)
+    return _encoded(spec.task, spec.data, profile.data_dir, spec.encoder, settings, split)
+
+
+@lru_cache(maxsize=4)
+def _load(task: str, source: str, data_dir: Path | None, train: int | None, evaluation: int | None) -> DatasetDict:
+    return load_task(task, source, data_dir, train, evaluation)
+
+
+@lru_cache(maxsize=4)
+def _encoded(task: str, source: str, data_dir: Path | None, encoder: str, settings: tuple[tuple[str, Any], ...],
+             split: str) -> Dataset:  # fmt: skip
+    values = dict(settings)
+    data = _load(task, source, data_dir, values["train_examples"], values["eval_examples"])[split]
+    lengths = TrainingSettings(epochs=1, batch_size=1, learning_rate=1, **values)
+    return encode(TASKS[task], data, load_tokenizer(encoder), lengths, training=split == "train")
+
+
+def describe(model: PreTrainedModel) -> dict[str, int]:
+    """Size of a model: parameters in all and in the encoder's layers, and bytes as safetensors."""
+    stack = layers(model)
+    return {
+        "layers": len(stack),
+        "parameters": count_parameters(model),
+        "layer_parameters": count_parameters(stack),
+        "size_bytes": benchmark.size_on_disk(model),
+    }
+
+
+def _initial(spec: TrainSpec, profile: Profile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    settings, task = spec.training, TASKS[spec.task]
+    if spec.start is None:
+        kind: Any = task.kind
+        model = load_model(spec.encoder, kind, task.num_labels, spec.seed, settings.attention, settings.dropout)
+        return model, load_tokenizer(spec.encoder)
+    model, tokenizer = finished_model(profile, spec.start)
+    if model.config.model_type != "xlnet":
+        model.set_attn_implementation(settings.attention)
+    return model, tokenizer
+
+
+def _distiller(spec: TrainSpec, profile: Profile, student: PreTrainedModel) -> Distiller | None:
+    if spec.distillation is None or spec.teacher is None:
+        return None
+    teacher, _ = finished_model(profile, spec.teacher)
+    if spec.distillation.attention_scores:
+        expose_attention_scores(student)
+        expose_attention_scores(teacher)
+    return Distiller(spec.distillation, teacher)
+
+
+def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save under a temporary name and rename, so that a folder that exists is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
+    try:
+        save_compressed(model, tokenizer, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def run_contribution(spec: ContributionSpec, profile: Profile) -> dict[str, Any]:
+    """Similarity of every layer's input and output, (n_layers,), on the first examples of the validation split."""
+    task = TASKS[spec.task]
+    data = load_task(spec.task, spec.data, profile.data_dir, eval_examples=spec.examples)
+    if spec.start:
+        model, tokenizer = finished_model(profile, spec.start)
+    else:
+        kind: Any = task.kind
+        model = load_model(spec.encoder, kind, task.num_labels)
+        tokenizer = load_tokenizer(spec.encoder)
+    columns = ("question", "context") if task.kind == "qa" else task.columns
+    rows = [data["validation"][column] for column in columns]
+    texts = list(zip(*rows, strict=True))
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in tokenizer.model_input_names]
+
+    def batches() -> Any:
+        for start in range(0, len(texts), 32):
+            columns_of_batch = [list(column) for column in zip(*texts[start : start + 32], strict=True)]
+            encoded = tokenizer(
+                *columns_of_batch, truncation=True, max_length=spec.max_length, padding=True, return_tensors="pt"
+            )
+            yield {name: encoded[name] for name in names}
+
+    return {"similarity": layer_contributions(model, batches()), "examples": len(texts)}
+
+
+def build(model: LatencyModel) -> PreTrainedModel:
+    """A model to time, with random weights: latency does not depend on their values."""
+    built = random_model(model.architecture, model.head)
+    drop_layers(built, model.drop)
+    return built
+
+
+def run_latency(spec: LatencySpec) -> dict[str, Any]:
+    """Every model on every engine at one batch and length, interleaved; engines that are not there are listed."""
+    candidates: dict[str, Any] = {}
+    sizes, agreement, file_bytes, unavailable = {}, {}, {}, {}
+    vocabulary = min(ARCHITECTURES[model.architecture].vocab_size for model in spec.models.values())
+    longest = min(ARCHITECTURES[model.architecture].max_position_embeddings for model in spec.models.values())
+    short = min(24, longest)
+    checks = [
+        random_batch(2, short, vocabulary, 1, padding=short // 2),
+        random_batch(3, short - 7, vocabulary, 2, padding=4),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, wanted in spec.models.items():
+            model = build(wanted)
+            sizes[name] = describe(model) | {"flops": benchmark.flops(model, spec.batch, spec.length)}
+            for engine in spec.engines:
+                if reason := engines.unavailable_reason(engine):
+                    unavailable[engine] = reason
+                    continue
+                where = Path(folder) / name
+                prepared = engines.prepare(engine, model, checks[0], spec.threads, checks, where)
+                agreement[f"{name}/{engine}"] = check_agreement(prepared, model, checks)
+                file_bytes[f"{name}/{engine}"] = prepared.size_bytes
+                candidates[f"{name}/{engine}"] = prepared
+            del model
+        if not candidates:
+            raise StudyError("latency: no engine is available; " + "; ".join(unavailable.values()))
+        dense = {name: f"{spec.dense}/{name.partition('/')[2]}" for name in candidates}
+        rows = benchmark.latency(
+            candidates, spec.batch, spec.length, spec.threads, vocabulary, rounds=spec.rounds, dense=dense
+        )
+    for row in rows:
+        row["model"] = row["name"].partition("/")[0]
+        row["size_bytes"] = file_bytes[row["name"]]
+    return {"rows": rows, "models": sizes, "agreement": agreement, "unavailable": unavailable}
+
+
+def run_training_speed(spec: TrainingSpeedSpec) -> dict[str, Any]:
+    """Speed of full training steps, interleaved, and peak memory of each model in a process of its own."""
+    models = {name: model.model_dump(mode="json") for name, model in spec.models.items()}
+    return training_speed.training_steps(
+        models, spec.dense, spec.batch, spec.length, spec.threads, spec.rounds, spec.bf16, spec.frozen_embeddings
+    )
+
+
+def run_stock_comparison(spec: StockComparisonSpec, profile: Profile) -> dict[str, Any]:
+    """Our loop against a stock Trainer on the same features, setting by setting."""
+    task = TASKS[spec.task]
+    data = load_task(spec.task, spec.data, profile.data_dir, train_examples=spec.examples, eval_examples=8)
+    settings = TrainingSettings(
+        epochs=1, batch_size=spec.batch, learning_rate=1e-4, max_length=spec.max_length, stride=spec.max_length // 4
+    )
+    features = encode(task, data["train"], load_tokenizer(spec.encoder), settings, training=True)
+    return training_speed.training_comparison(
+        spec.encoder, task.kind, features, spec.batch, spec.rounds, spec.threads, progress=say
+    )

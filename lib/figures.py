@@ -1,0 +1,333 @@
+"""The house style of every figure, and the one way to save it (tables: ``lib.tables``).
+
+A figure is saved as PDF, SVG and PNG together with the plotted rows (CSV) and its caption, and is byte-stable: the
+same data gives the same files, so a diff means that results changed. Every method has one colour and marker
+everywhere (Okabe-Ito without yellow; dense is black); ours is filled, published hollow.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from lib.config import StudyError
+from lib.files import write_atomically
+from lib.tables import csv_text
+from lib.tables import save_table as save_table
+from lib.tables import show as show
+
+SIZES = {"column": (3.25, 2.3), "page": (5.5, 2.6)}  # inches
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
+
+# method: (colour, marker, name in legends). Methods that share a colour never share a marker; the first of each paper
+# is the one that the overview figures show, and those differ in colour.
+METHODS: dict[str, tuple[str, str, str]] = {
+    "dense": (BLACK, "o", "Dense"),
+    "magnitude": (GREY, "<", "Magnitude"),
+    # structured pruning for question answering
+    "l0": (BLUE, "s", "$L_0$ gates"),
+    "gain": (SKY, "^", "Gain"),
+    "leave-one-out": (PURPLE, "v", "Leave one out"),
+    "random": (GREY, "d", "Random"),
+    # oBERT
+    "obert": (ORANGE, "D", "oBERT"),
+    "obert-block4": (ORANGE, "P", "oBERT, blocks of 4"),
+    "movement": (SKY, "X", "Movement"),
+    # block movement pruning
+    "hybrid": (GREEN, "h", "Hybrid"),
+    "hybrid-filled": (GREEN, ">", "Hybrid filled"),
+    "block": (GREEN, "X", "Block 32×32"),
+    "struct": (GREEN, "d", "Whole heads"),
+    # Poor Man's BERT: which layers are dropped
+    "top": (VERMILION, "o", "Top"),
+    "bottom": (BLUE, "v", "Bottom"),
+    "odd": (ORANGE, "^", "Odd alternate"),
+    "even": (SKY, "D", "Even alternate"),
+    "symmetric": (GREEN, "s", "Symmetric"),
+    "contribution": (PURPLE, "P", "Contribution"),
+    # fully quantized Transformer
+    "int8": (SKY, "s", "8 bit"),
+    "int6": (SKY, "<", "6 bit"),
+    "int4": (SKY, ">", "4 bit"),
+    # KroneckerBERT
+    "kronecker": (PURPLE, "X", "Kronecker"),
+    # engines: colour is the engine, marker the precision
+    "pytorch-fp32": (BLACK, "s", "PyTorch fp32"),
+    "pytorch-bf16": (BLACK, "^", "PyTorch bf16"),
+    "onnxruntime-fp32": (BLUE, "o", "ONNX Runtime fp32"),
+    "onnxruntime-int8": (BLUE, "D", "ONNX Runtime INT8"),
+    "openvino-fp32": (ORANGE, "s", "OpenVINO fp32"),
+    "openvino-bf16": (ORANGE, "v", "OpenVINO bf16"),
+    "openvino-int8": (ORANGE, "X", "OpenVINO INT8"),
+    "pytorch-cuda-fp32": (GREEN, "o", "CUDA fp32"),
+    "pytorch-cuda-fp16": (GREEN, "D", "CUDA fp16"),
+    "pytorch-cuda-bf16": (GREEN, "^", "CUDA bf16"),
+}
+
+DASHES = (0, (3, 1.5))
+PUBLISHED = ", published"  # ends the label of what is drawn hollow
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same glyphs everywhere
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
+    "legend.handletextpad": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.labelpad": 2.5,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 144,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "bert-compression-study",
+}
+
+# Everything a backend would otherwise stamp into a file: dates and versions would differ without a new result.
+_UNSTAMPED: dict[str, dict[str, None]] = {
+    "pdf": {"CreationDate": None, "ModDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None, "Creator": None},
+    "png": {"Software": None},
+}
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval; ``low`` and ``high`` are NaN when ``n`` is below 2."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def new_figure(size: str = "column", rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure of house size ("column" 3.25×2.3 in, "page" 5.5×2.6 in) and its axes; sets the house style globally.
+
+    ``options`` go to ``matplotlib.pyplot.subplots``; ``height`` (inches) replaces the size's own for tall figures.
+    """
+    if size not in SIZES:
+        raise StudyError(f"figure size '{size}' is unknown; allowed: {', '.join(SIZES)}")
+    plt.rcParams.update(STYLE)
+    width, height = SIZES[size]
+    return plt.subplots(rows, columns, figsize=(width, options.pop("height", height)), **options)
+
+
+def style_of(method: str, published: bool = False) -> dict[str, Any]:
+    """Keyword arguments for ``Axes.plot``: the method's colour, marker and label; published is hollow and dashed."""
+    if method not in METHODS:
+        raise StudyError(f"no style for method '{method}'; add it to METHODS in lib/figures.py ({', '.join(METHODS)})")
+    color, marker, label = METHODS[method]
+    return {
+        "color": color,
+        "marker": marker,
+        "markerfacecolor": "white" if published else color,
+        "markeredgecolor": color,
+        "markeredgewidth": 0.9,
+        "linestyle": DASHES if published else "-",
+        "label": label + PUBLISHED if published else label,
+    }
+
+
+def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 9999) -> Interval:
+    """Mean and 95 % percentile-bootstrap interval of ``values`` (NaN are left out).
+
+    With a handful of seeds the interval is narrow by construction: it shows the spread that was seen, not all there is.
+    """
+    sample = np.asarray(values, dtype=float).ravel()
+    sample = sample[~np.isnan(sample)]
+    if sample.size == 0:
+        return Interval(np.nan, np.nan, np.nan, 0)
+    if sample.size == 1 or np.ptp(sample) == 0:
+        bound = float("nan") if sample.size == 1 else float(sample[0])
+        return Interval(float(sample[0]), bound, bound, sample.size)
+    random = np.random.default_rng(seed)
+    result = stats.bootstrap((sample,), np.mean, n_resamples=resamples, method="percentile", rng=random)
+    low, high = result.confidence_interval
+    return Interval(float(sample.mean()), float(low), float(high), sample.size)
+
+
+def band_plot(
+    ax: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    method: str,
+    published: bool = False,
+    label: str | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Draw the mean of ``y`` at each ``x`` with its bootstrap band; one row of ``frame`` is one seed.
+
+    Returns what was drawn, for ``save_figure``: columns ``method``, ``published``, x, y, ``low``, ``high``, ``n``.
+    """
+    if frame.empty:
+        raise StudyError(f"band_plot: no rows for method '{method}'; nothing was measured or the filter is wrong")
+    intervals = {key: bootstrap_interval(group, seed) for key, group in frame.groupby(x, sort=True)[y]}
+    drawn = pd.DataFrame([{x: key, y: i.mean, "low": i.low, "high": i.high, "n": i.n} for key, i in intervals.items()])
+    style = style_of(method, published) | ({"label": label} if label else {})
+    ax.plot(drawn[x], drawn[y], **style, zorder=3)
+    if drawn["low"].notna().any():
+        # white edges keep the bands apart where they overlap; a single x gets an error bar, a band would be invisible
+        if len(drawn) == 1:
+            errors = np.abs(drawn[["low", "high"]].to_numpy().T - drawn[y].to_numpy())
+            ax.errorbar(drawn[x], drawn[y], errors, color=style["color"], capsize=2, linewidth=0.9, zorder=2)
+        else:
+            ax.fill_between(drawn[x], drawn["low"], drawn["high"], color=style["color"], alpha=0.18, lw=0, zorder=2)
+    drawn.insert(0, "method", method)
+    drawn.insert(1, "published", published)
+    return drawn
+
+
+def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
+    """The caption's sentence on means, bands and n, from the ``n`` column of ``band_plot``'s rows."""
+    counts = sorted({int(n) for n in rows["n"]})
+    if counts == [1]:
+        return f"Single runs (n = 1 of {of}), so no interval."
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    note = f"Mean and 95 % bootstrap band over n = {span} {of}"
+    return f"{note}; no band where n = 1." if counts[0] == 1 else f"{note}."
+
+
+def retained_line(ax: Axes, dense: float, share: float = 0.99) -> float:
+    """Dashed line at ``share`` of the dense score, marked at the right edge; returns its height."""
+    height = share * dense
+    ax.axhline(height, color=BLACK, linestyle=(0, (4, 3)), linewidth=0.7, zorder=1)
+    ax.annotate(
+        f"{share:.0%} of dense",
+        xy=(1, height),
+        xycoords=ax.get_yaxis_transform(),
+        xytext=(0, 1.5),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=6,
+        color="#404040",
+        path_effects=[withStroke(linewidth=1.5, foreground="white")],
+    )
+    return height
+
+
+def outside_legend(fig: Figure, columns: int | None = None, side: str = "top") -> None:
+    """One legend for all axes, above ("top") or beside ("right") them, where it covers no data.
+
+    Where ours and published numbers are drawn, each method is named once and two grey entries tell them apart.
+    """
+    found: dict[str, Any] = {}
+    for ax in fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if any(label.endswith(PUBLISHED) for label in found):
+        found = _named_once(found)
+    if side == "right":
+        fig.legend(found.values(), found.keys(), loc="outside right center", ncols=columns or 1)
+        return
+    column_width = 0.3 + 0.053 * max(map(len, found), default=1)  # inches: handle and gaps, then 7 pt letters
+    columns = columns or max(1, int(fig.get_size_inches()[0] / column_width))
+    fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(columns, max(1, len(found))))
+
+
+def _named_once(found: dict[str, Any]) -> dict[str, Any]:
+    """Legend entries by method, whether ours or published or both, then one of each kind in grey."""
+    entries: dict[str, Any] = {}
+    for label, handle in found.items():
+        name = label.removesuffix(PUBLISHED)
+        if name not in entries or not label.endswith(PUBLISHED):
+            entries[name] = handle
+    ours = Line2D([], [], color=GREY, marker="o")
+    published = Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle=DASHES)
+    return entries | {"Ours": ours, "Published": published}
+
+
+def label_lines(ax: Axes, gap: float = 7.5) -> None:
+    """Write each line's label at its right end in its colour, instead of a legend; ``gap`` points apart at least."""
+    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    if not lines:
+        return
+    ax.figure.canvas.draw()  # data limits become final, so that heights can be compared in points
+    scale = 72 / ax.figure.dpi
+    ends = [np.column_stack([line.get_xdata(), line.get_ydata()]).astype(float) for line in lines]
+    ends = [points[~np.isnan(points).any(axis=1)][-1] for points in ends]
+    right = max(end[0] for end in ends)
+    heights = [ax.transData.transform(end)[1] * scale for end in ends]
+    for index, place in zip(np.argsort(heights), _apart(sorted(heights), gap), strict=True):
+        ax.annotate(
+            lines[index].get_label(),
+            xy=(right, ends[index][1]),
+            xytext=(6, place - heights[index]),
+            textcoords="offset points",
+            color=lines[index].get_color(),
+            fontsize=7,
+            va="center",
+            ha="left",
+            annotation_clip=False,
+        )
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending ``heights`` moved as little as needed to be ``gap`` apart: pools of neighbours share their mean."""
+    pools: list[list[float]] = []
+    for height in heights:
+        pools.append([height])
+        while len(pools) > 1 and _low(pools[-1], gap) - _high(pools[-2], gap) < gap:
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [_low(pool, gap) + gap * i for pool in pools for i in range(len(pool))]
+
+
+def _low(pool: Sequence[float], gap: float) -> float:
+    return sum(pool) / len(pool) - gap * (len(pool) - 1) / 2
+
+
+def _high(pool: Sequence[float], gap: float) -> float:
+    return sum(pool) / len(pool) + gap * (len(pool) - 1) / 2
+
+
+def save_figure(fig: Figure, name: str, rows: pd.DataFrame, caption: str, folder: Path | str) -> dict[str, Path]:
+    """Write ``name`` as .pdf, .svg, .png (300 dpi), .csv (the plotted ``rows``) and .txt (the caption) into ``folder``.
+
+    Raises:
+        StudyError: no rows or no caption, or ``folder`` cannot be written.
+    """
+    if rows.empty or not caption.strip():
+        raise StudyError(f"figure '{name}': needs the plotted rows and a caption; pass both to save_figure")
+    files: dict[str, bytes | str] = {}
+    with plt.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")
+        for kind, metadata in _UNSTAMPED.items():
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format=kind, metadata=metadata)
+            files[kind] = buffer.getvalue()
+    files["csv"] = csv_text(rows)
+    files["txt"] = caption.strip() + "\n"
+    return {kind: write_atomically(Path(folder) / f"{name}.{kind}", content) for kind, content in files.items()}

@@ -1,0 +1,41 @@
+"""Writing files so that a reader, or the next run, never finds half of one."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from lib.config import StudyError
+
+
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Write a file so that it is whole or absent, even if the machine stops; its folders are made.
+
+    Raises:
+        StudyError: full disk, missing permission; what was there before stays.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner may read
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def cannot_write(path: Path, error: OSError) -> StudyError:
+    """The one line for a write that the system refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StudyError(f"disk full while writing {path}; finished records are safe, free some space and run again")
+    return StudyError(f"cannot write {path} ({error.strerror}); give a writable results folder with -p results FOLDER")

@@ -1,0 +1,85 @@
+"""What every notebook does at its beginning and end: read the profile, show figures and tables, state provenance."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from IPython.display import Image, Markdown, display
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lib import environment
+from lib.config import Profile, load_profile
+from lib.figures import save_figure
+from lib.runs import Record
+from lib.tables import Formats, save_table, show
+from lib.training import device, use_bf16
+
+
+def start(profile: str, **overrides: Any) -> Profile:
+    """Read the profile, make the CPU fast, and say in one paragraph what this notebook will run on.
+
+    Raises:
+        StudyError: unknown profile or setting.
+    """
+    environment.use_fast_allocator()
+    study = load_profile(profile, **overrides)
+    machine = environment.hardware()
+    where = machine.get("gpu") or machine["cpu"]
+    source = f"{study.data} data" if study.data != "local" else "data from a local folder"
+    if study.data == "local" and study.data_dir is None:
+        source += " (not given: only finished records can be shown)"
+    text(
+        f"Profile **{study.name}**: encoder `{study.encoder}`, {source}, tasks {', '.join(study.tasks)}. "
+        f"Running on {where}, {torch.get_num_threads()} threads, "
+        f"{'bf16 autocast' if use_bf16(study.training.precision) else 'fp32'} training on {device().type}."
+    )
+    return study
+
+
+def text(markdown: str) -> None:
+    """Show Markdown rendered from records: the only way a result gets into prose."""
+    display(Markdown(markdown))
+
+
+def source(*objects: Callable[..., Any] | type) -> None:
+    """Show the real source of functions and classes of the library."""
+    for item in objects:
+        text(f"```python\n{inspect.getsource(item).rstrip()}\n```")
+
+
+def figure(fig: Figure, name: str, rows: pd.DataFrame, caption: str, study: Profile) -> None:
+    """Save a figure (PDF, SVG, PNG, CSV, caption) under ``results/<profile>/figures`` and show it with its caption."""
+    paths = save_figure(fig, name, rows, caption, study.results / "figures")
+    plt.close(fig)
+    display(Image(data=Path(paths["png"]).read_bytes(), width=round(fig.get_figwidth() * 130)))
+    text(f"*{caption}*")
+
+
+def table(frame: pd.DataFrame, name: str, caption: str, study: Profile, formats: Formats | None = None) -> None:
+    """Save a table (CSV, Markdown, LaTeX) under ``results/<profile>/tables`` and show it with its caption."""
+    save_table(frame, name, caption, study.results / "tables", formats)
+    display(show(frame, caption, formats))
+
+
+def provenance(study: Profile, records: Iterable[Record]) -> None:
+    """Which records were used: how many, made when, by which code, on which hardware, with which packages."""
+    used = list({record.hash: record for record in records}.values())
+    if not used:
+        text("No record was used.")
+        return
+    versions = {f"{name} {version}" for record in used for name, version in record.packages.items()}
+    shown = ("torch", "transformers", "datasets", "onnxruntime", "openvino")
+    rows = {
+        "records": f"{len(used)} in `results/{study.results.name}/runs`",
+        "made": " to ".join(sorted({min(r.created for r in used)[:10], max(r.created for r in used)[:10]})),
+        "hardware": "; ".join(sorted({str(r.hardware.get("gpu") or r.hardware.get("cpu")) for r in used})),
+        "compute": f"{sum(r.seconds for r in used) / 60:.0f} minutes in all",
+        "commits": ", ".join(sorted({(r.commit or "none")[:10] for r in used})),
+        "data digests": ", ".join(sorted({r.data for r in used if r.data})) or "none",
+        "packages": ", ".join(sorted(v for v in versions if v.split()[0] in shown)),
+    }
+    display(show(pd.DataFrame(rows.items(), columns=["what", "value"])))

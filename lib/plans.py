@@ -1,0 +1,231 @@
+"""Which runs a notebook asks for, in the order in which they are worth computing when time is short.
+
+A plan is a list of specs; asking for the same spec in two notebooks costs nothing, the record is shared.
+"""
+
+from collections.abc import Callable, Sequence
+
+from lib.compressors import CompressorSpec
+from lib.compressors.layer_dropping import above_threshold, layers_to_drop, possible
+from lib.config import Profile, StudyError
+from lib.data import TASKS
+from lib.distillation import Distillation
+from lib.models import layer_count, load_config
+from lib.runs import Record, ensure
+from lib.specs import (
+    ContributionSpec,
+    LatencyModel,
+    LatencySpec,
+    Spec,
+    StockComparisonSpec,
+    TrainingSpeedSpec,
+    TrainSpec,
+    data_source,
+    dense_spec,
+    training_settings,
+)
+
+# The published model families whose layers Sajjad et al. 2020 dropped, by the names their tables use.
+SPEED_ARCHITECTURES = {"tiny": "tiny", "base": "bert-base-uncased", "large": "bert-large-uncased"}
+
+
+def encoder_layers(profile: Profile) -> int:
+    """How many layers the profile's encoder has."""
+    return layer_count(load_config(profile.encoder))
+
+
+def dense(profile: Profile) -> list[Spec]:
+    """Dense baselines of every task and seed, first seeds first."""
+    order = [(seed, task) for seed in profile.seeds for task in profile.tasks if seed in profile.task_seeds(task)]
+    return [dense_spec(profile, task, seed) for seed, task in order if TASKS[task].kind != "translation"]
+
+
+def engine_latency(profile: Profile) -> list[Spec]:
+    """Every engine on the dense encoder and on the dense published-size BERT, at every batch and length."""
+    base = SPEED_ARCHITECTURES[profile.latency.base_shape]
+    encoder = {"minilm": "minilm", "tiny-bert": "tiny"}.get(profile.encoder, base)
+    return [
+        LatencySpec(
+            models={name: LatencyModel(architecture=name)}, dense=name, engines=profile.latency.engines, batch=batch,
+            length=length, threads=profile.latency.threads, rounds=profile.latency.rounds,
+        )
+        for name in dict.fromkeys((encoder, base))
+        for batch in profile.latency.batches
+        for length in profile.latency.lengths
+    ]  # fmt: skip
+
+
+def stock_comparison(profile: Profile) -> list[Spec]:
+    """Our training loop against the stock Trainer on the profile's first QA task."""
+    task = next((name for name in profile.tasks if TASKS[name].kind == "qa"), next(iter(profile.tasks)))
+    settings = profile.tasks[task]
+    return [
+        StockComparisonSpec(
+            encoder=profile.encoder, task=task, data=data_source(profile, task), batch=min(settings.batch_size, 32),
+            examples=profile.latency.rounds * 32, max_length=settings.max_length, rounds=profile.latency.rounds,
+            threads=profile.latency.threads,
+        )
+    ]  # fmt: skip
+
+
+def contributions(profile: Profile) -> list[Spec]:
+    """Layer contributions of the pre-trained encoder on each task's validation split."""
+    return [
+        ContributionSpec(
+            task=task, data=data_source(profile, task), encoder=profile.encoder,
+            max_length=profile.tasks[task].max_length, examples=256,
+        )
+        for task in profile.tasks
+        if TASKS[task].kind != "translation"
+    ]  # fmt: skip
+
+
+def layer_sets(profile: Profile, similarity: Sequence[float]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Layers dropped by each (strategy, variant), where a variant is ``K=2`` or ``similarity > 0.95``.
+
+    Args:
+        similarity: layer contributions, (n_layers,), that the contribution strategy ranks by.
+    """
+    n = encoder_layers(profile)
+    ks = profile.layer_dropping.k or tuple(range(1, n))
+    too_many = [k for k in ks if k >= n]
+    if too_many:
+        raise StudyError(f"layer_dropping.k: K={too_many[0]} is impossible, {profile.encoder} has {n} layers")
+    sets: dict[tuple[str, str], tuple[int, ...]] = {
+        (strategy, f"K={k}"): layers_to_drop(strategy, k, n, similarity)
+        for strategy in profile.layer_dropping.strategies
+        for k in ks
+        if possible(strategy, k, n)
+    }
+    if "contribution" in profile.layer_dropping.strategies:
+        for threshold in profile.layer_dropping.thresholds:
+            chosen = above_threshold(similarity, threshold)
+            if 0 < len(chosen) < n:
+                sets["contribution", f"similarity > {threshold}"] = chosen
+    return sets
+
+
+def dropped_before(profile: Profile, task: str, seed: int, drop: tuple[int, ...]) -> TrainSpec:
+    """The paper's method: drop from the pre-trained encoder, then fine-tune."""
+    return dense_spec(profile, task, seed).model_copy(update={"compressor": _dropping(drop)})
+
+
+def dropped_after(profile: Profile, task: str, seed: int, drop: tuple[int, ...], retrain: bool) -> TrainSpec:
+    """Drop from the fine-tuned model, then fine-tune again, or not at all."""
+    parent = dense_spec(profile, task, seed)
+    training = parent.training if retrain else training_settings(profile, task, epochs=0)
+    return parent.model_copy(update={"compressor": _dropping(drop), "start": parent, "training": training})
+
+
+def dropped_iteratively(profile: Profile, task: str, seed: int, drop: tuple[int, ...]) -> TrainSpec:
+    """Drop one layer at a time while fine-tuning."""
+    return dense_spec(profile, task, seed).model_copy(update={"compressor": _dropping(drop, iterative=True)})
+
+
+def dropped_and_distilled(profile: Profile, task: str, seed: int, drop: tuple[int, ...]) -> TrainSpec:
+    """Drop from the pre-trained encoder, then fine-tune with the dense model's logits as soft labels."""
+    spec = dropped_before(profile, task, seed, drop)
+    return spec.model_copy(update={"distillation": Distillation(), "teacher": dense_spec(profile, task, seed)})
+
+
+def _dropping(drop: tuple[int, ...], iterative: bool = False) -> CompressorSpec:
+    settings: dict[str, object] = {"drop": list(drop)}
+    return CompressorSpec(name="layer_dropping", settings=settings | ({"iterative": True} if iterative else {}))
+
+
+def layer_dropping(profile: Profile, similarity: dict[str, Sequence[float]]) -> list[Spec]:
+    """All quality runs of notebook 05, dense baselines included.
+
+    What the headline needs comes first, a whole seed before the next one: the dense model, the strategies at half the
+    layers, dropping without further training, every K from the top. Then the orders of dropping and training, then the
+    rest of the grid.
+
+    Args:
+        similarity: per task, the layer contributions that ``contributions`` measured.
+    """
+    half = encoder_layers(profile) // 2
+    first: list[Spec] = []
+    ablation: list[Spec] = []
+    rest: list[Spec] = []
+    for seed in profile.seeds:
+        tasks = [task for task in similarity if seed in profile.task_seeds(task)]
+        baselines: list[Spec] = [dense_spec(profile, task, seed) for task in tasks]
+        headline: list[Spec] = []
+        untrained: list[Spec] = []
+        curve: list[Spec] = []
+        for task in tasks:
+            sets = layer_sets(profile, similarity[task])
+            for (strategy, variant), drop in sets.items():
+                where = headline if variant == f"K={half}" else curve if strategy == "top" else rest
+                where.append(dropped_before(profile, task, seed, drop))
+                untrained.append(dropped_after(profile, task, seed, drop, retrain=False))
+            if task in profile.layer_dropping.ablation_tasks:
+                for k in profile.layer_dropping.ablation_k:
+                    ablation += _ablation(profile, task, seed, sets, k)
+        first += [*baselines, *headline, *untrained, *curve]
+    return [*first, *ablation, *rest]
+
+
+def _ablation(
+    profile: Profile, task: str, seed: int, sets: dict[tuple[str, str], tuple[int, ...]], k: int
+) -> list[Spec]:
+    drop = sets.get(("top", f"K={k}"))
+    if drop is None:
+        return []
+    return [
+        dropped_after(profile, task, seed, drop, retrain=True),
+        dropped_iteratively(profile, task, seed, drop),
+        dropped_and_distilled(profile, task, seed, drop),
+    ]
+
+
+def halved_speed(profile: Profile) -> list[Spec]:
+    """Fine-tuning and inference of the published-size BERT with all its layers and with fewer, interleaved.
+
+    Training is measured with every parameter trained, as the paper does, in fp32 and in bf16.
+    """
+    architecture = SPEED_ARCHITECTURES[profile.latency.base_shape]
+    n = layer_count(load_config(architecture))
+    kept = {f"{n - k} layers": tuple(range(n - k + 1, n + 1)) for k in range(0, n // 2 + 1, 2)}
+    models = {
+        name: LatencyModel(architecture=architecture, drop=drop, head="classification") for name, drop in kept.items()
+    }
+    settings, dense_name = profile.latency, f"{n} layers"
+    length = min(settings.lengths)
+    plan: list[Spec] = [
+        TrainingSpeedSpec(
+            models=models, dense=dense_name, batch=max(settings.batches), length=length, threads=settings.threads,
+            rounds=settings.rounds, bf16=bf16,
+        )
+        for bf16 in (False, True)
+    ]  # fmt: skip
+    plan += [
+        LatencySpec(
+            models=models, dense=dense_name, engines=settings.engines, batch=batch, length=length,
+            threads=settings.threads, rounds=settings.rounds,
+        )
+        for batch in settings.batches
+    ]  # fmt: skip
+    return plan
+
+
+def _poor_mans_bert(profile: Profile) -> list[Spec]:
+    """All of notebook 05; measures the layer contributions first, because the contribution strategy needs them."""
+    plan = contributions(profile)
+    records = ensure(plan, profile, title="layer contributions")
+    return [*plan, *layer_dropping(profile, similarity_of(records))]
+
+
+def similarity_of(records: Sequence[Record]) -> dict[str, Sequence[float]]:
+    """Per task, the layer contributions that records of ``contributions`` hold."""
+    return {record.spec.task: record["similarity"] for record in records if isinstance(record.spec, ContributionSpec)}
+
+
+PLANS: dict[str, Callable[[Profile], list[Spec]]] = {
+    "dense": dense,
+    "engine_latency": engine_latency,
+    "stock_comparison": stock_comparison,
+    "contributions": contributions,
+    "poor_mans_bert": _poor_mans_bert,
+    "halved_speed": halved_speed,
+}

@@ -1,0 +1,231 @@
+"""Records and the cache: one finished run is one JSON file, and nothing is computed twice.
+
+``ensure(plan, profile)`` returns the records of a plan and computes only those that are missing. A record is written to
+a temporary file, flushed to disk and renamed, so it is whole or absent. A record that cannot be read stops the run and
+is never overwritten. Two processes may share a results folder: each run is guarded by a lock of its own.
+"""
+
+import argparse
+import errno
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pydantic import ValidationError
+
+from lib import environment
+from lib.config import Profile, Strict, StudyError, load_profile
+from lib.files import cannot_write, write_atomically
+from lib.progress import duration, say
+from lib.specs import Spec, label, parse_spec, spec_hash
+
+
+class Record(Strict):
+    """One finished run. ``result`` depends on the spec's kind; times are in seconds, sizes in bytes, scores in percent.
+
+    ``code`` is a digest of the library without comments and docstrings; ``data`` digests the data read, or is None.
+    """
+
+    format: int = 1
+    hash: str
+    spec: Spec
+    result: dict[str, Any]
+    data: str | None
+    code: str
+    commit: str | None
+    created: str
+    seconds: float
+    hardware: dict[str, Any]
+    packages: dict[str, str]
+
+    def __getitem__(self, key: str) -> Any:
+        """``record["score"]`` is ``record.result["score"]``."""
+        return self.result[key]
+
+
+class Records(list[Record]):
+    """Records in plan order; ``missing`` are the specs that were not computed."""
+
+    def __init__(self, records: Iterable[Record], missing: Sequence[Spec] = ()) -> None:
+        super().__init__(records)
+        self.missing = list(missing)
+
+    def by_spec(self) -> dict[str, Record]:
+        """Records keyed by their spec's hash."""
+        return {record.hash: record for record in self}
+
+
+def record_path(profile: Profile, spec: Spec) -> Path:
+    """Where the record of a spec lies."""
+    return profile.results / "runs" / f"{spec.kind}-{label(spec)}-{spec_hash(spec)}.json"
+
+
+def read_record(path: Path) -> Record:
+    """Read and validate one record.
+
+    Raises:
+        StudyError: not a record; names the file and what is wrong.
+    """
+    advice = "restore it from version control, or move it away to compute the run again"
+    try:
+        record = Record.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise StudyError(f"corrupt record {path}: {where}: {first['msg']}; {advice}") from None
+    except OSError as error:
+        raise StudyError(f"cannot read record {path} ({error.strerror})") from None
+    if record.hash != spec_hash(record.spec):
+        raise StudyError(f"corrupt record {path}: its hash does not belong to its spec; {advice}")
+    return record
+
+
+def cached(profile: Profile, spec: Spec) -> Record | None:
+    """The record of a spec if it exists; checked against the data at hand."""
+    path = record_path(profile, spec)
+    if not path.exists():
+        return None
+    record = read_record(path)
+    current = _data_digest(profile, spec, or_none=True)
+    if record.data and current and record.data != current:
+        raise StudyError(
+            f"record {path.name} was made with other data ({record.data}, now {current}); "
+            "give another results folder, or refresh"
+        )
+    return record
+
+
+def _data_digest(profile: Profile, spec: Spec, or_none: bool = False) -> str | None:
+    from lib.data import data_digest
+
+    task = getattr(spec, "task", None)
+    if task is None or (or_none and spec.data == "hub"):  # type: ignore[union-attr]
+        return None
+    if or_none and spec.data == "local" and profile.data_dir is None:  # type: ignore[union-attr]
+        return None
+    return data_digest(task, spec.data, profile.data_dir)  # type: ignore[union-attr]
+
+
+def ensure(
+    plan: Sequence[Spec],
+    profile: Profile,
+    refresh: bool = False,
+    budget_minutes: float | None = None,
+    title: str = "runs",
+) -> Records:
+    """Records of every spec of ``plan``, in order, computing what is missing.
+
+    Args:
+        refresh: compute all again, replacing records.
+        budget_minutes: start no further run after this time; what is left is in ``.missing``. 0 computes nothing.
+
+    Raises:
+        StudyError: a record is corrupt, or a run cannot be made (bad settings, missing data, full disk).
+    """
+    from lib.experiments import execute
+
+    unique = {spec_hash(spec): spec for spec in plan}
+    found = {} if refresh else {key: record for key, spec in unique.items() if (record := cached(profile, spec))}
+    todo = [spec for key, spec in unique.items() if key not in found]
+    started, missing = time.monotonic(), []
+    for number, spec in enumerate(todo, start=1):
+        if budget_minutes is not None and time.monotonic() - started >= budget_minutes * 60:
+            missing = todo[number - 1 :]
+            break
+        say(f"{title}: {len(unique) - len(todo)} cached, run {number} of {len(todo)}: {spec.kind} {label(spec)}")
+        found[spec_hash(spec)] = _compute(profile, spec, execute, refresh)
+    computed = len(todo) - len(missing)
+    state = f"{title}: {len(unique)} runs, {len(unique) - len(todo)} cached, {computed} computed"
+    if computed:
+        state += f" in {duration(time.monotonic() - started)}"
+    print(state + (f", {len(missing)} not run yet" if missing else ""))
+    _note_other_code(found.values())
+    return Records((found[key] for key in unique if key in found), missing)
+
+
+def _note_other_code(records: Iterable[Record]) -> None:
+    code = environment.code_digest()
+    other = [record for record in records if record.code != code]
+    if other:
+        commits = sorted({(record.commit or "no commit")[:7] for record in other})
+        shown = ", ".join(commits[:4]) + (" …" if len(commits) > 4 else "")
+        print(f"  {len(other)} of them were made by earlier versions of lib/ ({shown}); refresh computes them again")
+
+
+def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], dict[str, Any]], refresh: bool) -> Record:
+    path = record_path(profile, spec)
+    lock = profile.results / "locks" / f"{spec_hash(spec)}.lock"
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(lock.parent, error) from None
+    with FileLock(lock):
+        if not refresh and (record := cached(profile, spec)):
+            return record
+        started = time.monotonic()
+        try:
+            result = execute(spec, profile)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise cannot_write(Path(error.filename or profile.results), error) from None
+            raise
+        record = Record(
+            hash=spec_hash(spec), spec=spec, result=result, data=_data_digest(profile, spec),
+            code=environment.code_digest(), commit=environment.git_commit(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - started, 3),
+            hardware=environment.hardware(), packages=environment.packages(),
+        )  # fmt: skip
+        write_atomically(path, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m lib.runs``: compute the runs of a notebook, or of spec files, without a notebook."""
+    from lib.plans import PLANS
+
+    parser = argparse.ArgumentParser(prog="python -m lib.runs", description=main.__doc__)
+    parser.add_argument("what", nargs="+", help=f"plans ({', '.join(PLANS)}), or JSON files that hold one spec each")
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--data-dir", default=None, help="folder of local data sets (default: STUDY_DATA)")
+    parser.add_argument("--tasks", default=None, help="comma-separated: only these tasks of the profile")
+    parser.add_argument("--results", default=None, help="results folder (default: results/PROFILE)")
+    parser.add_argument("--budget-minutes", type=float, default=None, help="start no further run after this time")
+    parser.add_argument("--list", action="store_true", help="print each run and whether it is cached, compute nothing")
+    options = parser.parse_args(arguments)
+    try:
+        tasks = options.tasks.split(",") if options.tasks else None
+        profile = load_profile(options.profile, data_dir=options.data_dir, results=options.results, tasks=tasks)
+        plan: list[Spec] = []
+        for what in options.what:
+            plan += PLANS[what](profile) if what in PLANS else [_read_spec(Path(what), list(PLANS))]
+        if options.list:
+            for spec in {spec_hash(spec): spec for spec in plan}.values():
+                print("cached " if record_path(profile, spec).exists() else "missing", record_path(profile, spec).name)
+            return 0
+        ensure(plan, profile, budget_minutes=options.budget_minutes, title=" ".join(options.what))
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept, the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _read_spec(path: Path, plans: list[str]) -> Spec:
+    if not path.is_file():
+        raise StudyError(f"'{path}' is neither a plan ({', '.join(plans)}) nor a file")
+    try:
+        return parse_spec(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise StudyError(f"spec file {path} is not valid ({str(error).splitlines()[0]})") from None
+
+
+if __name__ == "__main__":
+    environment.reexec_with_fast_allocator()
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Turn decisions into smaller dense models, and save and load what ``from_pretrained`` cannot.
+
+A model whose layers differ in width has no transformers config. It is saved as ``compressed.safetensors`` beside
+``compression.json``, which lists every layer's widths; ``load_compressed`` rebuilds the shapes before it reads the
+weights. transformers itself is made to stop at such a folder with a message that names the loader, because with
+``ignore_mismatched_sizes`` it would silently re-initialise the pruned layers.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lib.config import StudyError
+from lib.models import layer_parts, layers, remove_layers
+
+WEIGHTS, SHAPES = "compressed.safetensors", "compression.json"
+GUARD = "none: this folder holds a compressed model, load it with lib.surgery.load_compressed(folder)"
+
+
+def drop_layers(model: PreTrainedModel, numbers: Iterable[int]) -> list[nn.Module]:
+    """Remove layers (1 = next to the embeddings) in place; returns the removed modules.
+
+    Raises:
+        StudyError: a number that does not exist, or no layer would be left.
+    """
+    stack, unwanted = layers(model), set(numbers)
+    wrong = sorted(number for number in unwanted if not 1 <= number <= len(stack))
+    if wrong or len(unwanted) >= len(stack):
+        raise StudyError(f"cannot drop layers {sorted(unwanted)} of {len(stack)}; one at least must stay")
+    removed = [layer for number, layer in enumerate(stack, start=1) if number in unwanted]
+    remove_layers(model, removed)
+    return removed
+
+
+def forget_parameters(optimizer: Any, gone: Iterable[nn.Parameter]) -> None:
+    """Take parameters out of an optimizer in the middle of training, with their moments."""
+    ids = {id(parameter) for parameter in gone}
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in ids:
+                inner.state.pop(parameter, None)
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+
+
+def layer_shapes(model: PreTrainedModel) -> list[dict[str, int]]:
+    """Widths of every layer: ``attention`` = heads * head_size, ``units`` = FFN units."""
+    parts = [layer_parts(layer) for layer in layers(model)]
+    return [{"attention": part.value.out_features, "units": part.ffn_in.out_features} for part in parts]
+
+
+def _resize(linear: nn.Linear, out_features: int, in_features: int) -> None:
+    """Give a linear map new, uninitialised weights of another shape, in place."""
+    linear.out_features, linear.in_features = out_features, in_features
+    linear.weight = nn.Parameter(torch.empty(out_features, in_features))
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(torch.empty(out_features))
+
+
+def apply_shapes(model: PreTrainedModel, shapes: list[dict[str, int]]) -> None:
+    """Resize every layer of ``model`` to ``shapes`` in place; the weights are left uninitialised."""
+    for layer, shape in zip(layers(model), shapes, strict=True):
+        parts = layer_parts(layer)
+        hidden = parts.query.in_features
+        for linear in (parts.query, parts.key, parts.value):
+            _resize(linear, shape["attention"], hidden)
+        _resize(parts.attention_output, hidden, shape["attention"])
+        _resize(parts.ffn_in, shape["units"], hidden)
+        _resize(parts.ffn_out, hidden, shape["units"])
+
+
+def _is_uniform(model: PreTrainedModel) -> bool:
+    """Whether transformers' own config describes this model, so that ``from_pretrained`` is right for it."""
+    if model.config.model_type == "xlnet":
+        return True
+    config = model.config
+    units = config.hidden_dim if config.model_type == "distilbert" else config.intermediate_size
+    return all(shape == {"attention": config.hidden_size, "units": units} for shape in layer_shapes(model))
+
+
+def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Save a compressed model so that ``load_compressed`` gives back identical logits in a new process.
+
+    A model that only lost whole layers is saved plainly: ``from_pretrained`` loads it anywhere.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StudyError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(folder)
+        if _is_uniform(model):
+            model.save_pretrained(folder)
+            return folder
+        config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+        shapes = {"format": 1, "config": config, "layers": layer_shapes(model)}
+        (folder / SHAPES).write_text(json.dumps(shapes, indent=1), encoding="utf-8")
+        guard = {"model_type": model.config.model_type, "quantization_config": {"quant_method": GUARD}}
+        (folder / "config.json").write_text(json.dumps(guard, indent=1), encoding="utf-8")
+        safetensors.torch.save_model(model, str(folder / WEIGHTS))
+    except OSError as error:
+        raise StudyError(f"cannot save the model to {folder}: {error.strerror or error}") from None
+    return folder
+
+
+def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
+    """Load any model that ``save_compressed`` wrote, ready to run in eval mode.
+
+    Raises:
+        StudyError: not such a folder, or weights that do not fit the recorded shapes.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise StudyError(f"{folder} holds no model: config.json is missing; give a folder made by save_compressed")
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    if not (folder / SHAPES).is_file():
+        config = AutoConfig.from_pretrained(folder)
+        qa = (config.architectures or [""])[0].endswith(("QuestionAnswering", "QuestionAnsweringSimple"))
+        auto = AutoModelForQuestionAnswering if qa else AutoModelForSequenceClassification
+        return auto.from_pretrained(folder, use_safetensors=True).eval(), tokenizer
+    try:
+        saved = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(**saved["config"])
+        shapes = saved["layers"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StudyError(f"{folder / SHAPES} is damaged ({error}); save the model again") from None
+    qa = (config.architectures or [""])[0].endswith("QuestionAnswering")
+    auto = AutoModelForQuestionAnswering if qa else AutoModelForSequenceClassification
+    model = auto.from_config(config)
+    apply_shapes(model, shapes)
+    try:
+        safetensors.torch.load_model(model, str(folder / WEIGHTS))
+    except (RuntimeError, OSError, safetensors.SafetensorError) as error:
+        raise StudyError(f"{folder / WEIGHTS} does not fit {SHAPES} ({str(error).splitlines()[0]})") from None
+    return model.eval(), tokenizer

@@ -1,0 +1,256 @@
+"""How fast training is: full steps of several models, and our loop against a stock ``transformers.Trainer``.
+
+Both are interleaved. Steps of different models take turns in one process. Settings that a process fixes when it starts
+(the allocator) need processes of their own, so each variant of the comparison lives in one and they take turns.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from lib import environment
+from lib.agreement import random_batch
+from lib.compressors.base import Compressor
+from lib.config import StudyError
+from lib.memory import peak_memory
+from lib.models import load_model, load_tokenizer, random_model
+from lib.surgery import drop_layers
+from lib.training import StudyTrainer, device, freeze_embeddings
+
+# Each variant adds one setting to the one before it. The second field: does it change the result, or only the speed?
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "stock Trainer": ({}, "reference"),
+    "+ bf16 autocast": ({"bf16": True}, "rounding of activations and gradients"),
+    "+ no dropout": ({"dropout": 0.0}, "changes the result: less regularisation"),
+    "+ frozen embeddings": ({"frozen": True}, "changes the result: embeddings keep their pre-trained values"),
+    "+ eager attention": ({"attention": "eager"}, "speed only"),
+    "+ allocator keeps memory": ({"allocator": True}, "speed only"),
+    "+ batches of similar length (ours)": ({"grouped": True}, "speed only, apart from which examples share a batch"),
+}
+STOCK_BF16 = "+ bf16 autocast"
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run torch on ``count`` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Step:
+    """One full training step of a model with random weights: forward, backward, clipping, AdamW."""
+
+    def __init__(self, architecture: str, drop: list[int], head: str, batch: int, length: int, bf16: bool,
+                 frozen_embeddings: bool) -> None:  # fmt: skip
+        self.model: PreTrainedModel = random_model(architecture, head)  # type: ignore[arg-type]
+        drop_layers(self.model, drop)
+        self.model.train().to(device())
+        if frozen_embeddings:
+            freeze_embeddings(self.model)
+        self.bf16 = bf16
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
+        arrays = random_batch(batch, length, self.model.config.vocab_size)
+        targets = ("labels",) if head == "classification" else ("start_positions", "end_positions")
+        inputs = {name: torch.as_tensor(value) for name, value in arrays.items()}
+        inputs |= dict.fromkeys(targets, torch.arange(batch) % 2)
+        self.inputs = {name: value.to(device()) for name, value in inputs.items()}
+
+    def __call__(self) -> float:
+        """Take the step; returns its seconds."""
+        start = time.perf_counter()
+        with torch.autocast(device().type, torch.bfloat16, enabled=self.bf16):
+            loss = self.model(**self.inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if device().type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def one_step(**arguments: Any) -> None:
+    """Build a model and take two training steps; what ``peak_memory`` runs in a fresh process."""
+    step = Step(**arguments)
+    step()
+    step()
+
+
+def training_steps(models: dict[str, dict[str, Any]], dense: str, batch: int, length: int, threads: int, rounds: int,
+                   bf16: bool, frozen_embeddings: bool) -> dict[str, Any]:  # fmt: skip
+    """Examples per second of full training steps, interleaved step by step, and each model's peak memory.
+
+    Args:
+        models: name -> ``architecture``, ``drop`` and ``head``.
+        dense: the name that ratios refer to.
+
+    Returns:
+        ``rows``: name, median_ms, q1_ms, q3_ms, examples_per_s, ratio_to_dense (above 1 is faster; median and
+        quartiles over rounds), peak_memory_bytes.
+
+    Raises:
+        StudyError: ``dense`` is not among the models.
+    """
+    if dense not in models:
+        raise StudyError(f"training speed: dense model '{dense}' is not among {', '.join(models)}")
+    common: dict[str, Any] = {"batch": batch, "length": length, "bf16": bf16, "frozen_embeddings": frozen_embeddings}
+    order, shuffler = list(models), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch_threads(threads):
+        steps = {name: Step(**model, **common) for name, model in models.items()}
+        for step in steps.values():
+            step()
+        for _ in range(rounds):
+            shuffler.shuffle(order)
+            for name in order:
+                times[name].append(steps[name]())
+        del steps
+    rows = []
+    for name, model in models.items():
+        q1, median, q3 = np.percentile(times[name], (25, 50, 75)) * 1e3
+        ratio_q1, ratio, ratio_q3 = np.percentile(np.divide(times[dense], times[name]), (25, 50, 75))
+        memory = peak_memory(one_step, device().type, **model, **common)
+        rows.append({
+            "name": name, "median_ms": median, "q1_ms": q1, "q3_ms": q3, "n": rounds,
+            "examples_per_s": 1e3 * batch / median, "ratio_to_dense": ratio, "ratio_q1": ratio_q1, "ratio_q3": ratio_q3,
+            "peak_memory_bytes": memory,
+        })  # fmt: skip
+    return {"rows": rows, "device": device().type}
+
+
+class _Clock(TrainerCallback):
+    """Seconds of the optimizer steps of one ``train`` call, without its set-up."""
+
+    seconds = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds += time.perf_counter() - self.start
+
+
+def _trainer(encoder: str, kind: Any, features: Dataset, batch: int, settings: dict[str, Any], folder: str) -> Trainer:
+    """The stock Trainer with its defaults, or ours, for one variant."""
+    model = load_model(encoder, kind, attention=settings.get("attention", "sdpa"), dropout=settings.get("dropout"))
+    if settings.get("frozen"):
+        freeze_embeddings(model)
+    arguments = TrainingArguments(
+        output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, bf16=settings.get("bf16", False),
+        use_cpu=device().type == "cpu", save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+        dataloader_pin_memory=device().type == "cuda",
+    )  # fmt: skip
+    common: dict[str, Any] = {
+        "model": model, "args": arguments, "train_dataset": features,
+        "data_collator": DataCollatorWithPadding(load_tokenizer(encoder)),
+    }  # fmt: skip
+    if settings.get("grouped"):
+        return StudyTrainer(**common, compressor=Compressor(None), distiller=None, lengths=features["length"])
+    return Trainer(**common)
+
+
+def _worker(pipe: Connection, encoder: str, kind: str, columns: dict[str, list], batch: int, threads: int,
+            settings: dict[str, Any]) -> None:  # fmt: skip
+    """Hold one variant; each time the parent asks, train one epoch and send its seconds."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(encoder, kind, Dataset.from_dict(columns), batch, settings, folder)
+        clock = _Clock()
+        trainer.add_callback(clock)
+        pipe.send(environment.allocator_is_fast())
+        while pipe.recv():
+            clock.seconds = 0.0
+            trainer.train()
+            pipe.send(clock.seconds)
+
+
+@contextlib.contextmanager
+def _allocator(fast: bool) -> Iterator[None]:
+    """Processes started inside have the allocator's variables, or have them not."""
+    variables = environment.fast_cpu_environment()
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if fast:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            os.environ.pop(name, None)
+            if old is not None:
+                os.environ[name] = old
+
+
+def training_comparison(encoder: str, kind: str, features: Dataset, batch: int, rounds: int, threads: int,
+                        progress: Any = lambda line: None) -> dict[str, Any]:  # fmt: skip
+    """Our training loop against the stock Trainer, setting by setting, epochs of all variants interleaved.
+
+    Args:
+        features: from ``training.encode``; every variant trains on all of them in each round.
+        rounds: counted epochs of each variant, after one that is not counted.
+
+    Returns:
+        ``rows``: variant, what else it changes, examples_per_s (median, quartiles over rounds), ratio to the stock
+        bf16 run, and ratio to the variant before.
+    """
+    context = multiprocessing.get_context("spawn")
+    settings: dict[str, Any] = {}
+    workers: dict[str, tuple[Any, Connection]] = {}
+    columns = {name: list(features[name]) for name in features.column_names}
+    for name, (change, _) in VARIANTS.items():
+        settings = settings | change
+        here, there = context.Pipe()
+        with _allocator(bool(settings.get("allocator"))):
+            process = context.Process(
+                target=_worker, args=(there, encoder, kind, columns, batch, threads, settings), daemon=True
+            )
+            process.start()
+        there.close()
+        workers[name] = (process, here)
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    try:
+        for _, pipe in workers.values():
+            pipe.recv()
+        for turn in range(rounds + 1):
+            for name, (_, pipe) in workers.items():
+                progress(f"training speed: round {turn} of {rounds}, {name}")
+                pipe.send(True)
+                seconds[name].append(pipe.recv())
+        for _, pipe in workers.values():
+            pipe.send(False)
+    except EOFError:
+        raise StudyError("training comparison: a worker process ended early; is there enough memory?") from None
+    finally:
+        for process, _ in workers.values():
+            process.join(timeout=20)
+            process.terminate()
+    rates = {name: len(features) / np.array(values[1:]) for name, values in seconds.items()}
+    rows, previous = [], None
+    for name, (_, changes) in VARIANTS.items():
+        q1, median, q3 = np.percentile(rates[name], (25, 50, 75))
+        rows.append({
+            "variant": name, "also_changes": changes, "examples_per_s": median, "q1": q1, "q3": q3, "n": rounds,
+            "ratio_to_stock_bf16": float(np.median(rates[name] / rates[STOCK_BF16])),
+            "ratio_to_previous": float(np.median(rates[name] / rates[previous])) if previous else 1.0,
+        })  # fmt: skip
+        previous = name
+    return {"rows": rows, "examples": len(features), "mean_length": float(np.mean(features["length"])),
+            "device": device().type}  # fmt: skip
+

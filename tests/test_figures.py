@@ -1,0 +1,239 @@
+"""House style, byte-stable files, honest intervals, and tables that LaTeX takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lib import figures, tables
+from lib.config import StudyError
+
+DRAW = """
+import sys
+import matplotlib
+matplotlib.use("Agg")
+import pandas as pd
+from lib import figures
+frame = pd.DataFrame({"K": [0, 0, 1, 1, 2, 2], "score": [90, 91, 88, 86.5, 70, 74]})
+fig, ax = figures.new_figure("column")
+rows = pd.concat([figures.band_plot(ax, frame, "K", "score", "top"),
+                  figures.band_plot(ax, frame + 1, "K", "score", "bottom", published=True)])
+figures.retained_line(ax, 90)
+ax.set_xlabel("Layers dropped $K$")
+figures.outside_legend(fig)
+figures.save_figure(fig, "drops", rows, "Toy. " + figures.spread_note(rows), sys.argv[1])
+"""
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> list[Path]:
+    """The same figure saved by two processes, with different hash seeds."""
+    folders = []
+    for seed in ("1", "2"):
+        folder = tmp_path_factory.mktemp("figures")
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", DRAW, str(folder)], check=True, env=environment)
+        folders.append(folder)
+    return folders
+
+
+def test_files_are_the_same_bytes_in_two_processes(saved):
+    first, second = saved
+    names = sorted(path.name for path in first.iterdir())
+    assert names == ["drops.csv", "drops.pdf", "drops.png", "drops.svg", "drops.txt"]
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_size_resolution_fonts_and_rows(saved):
+    folder = saved[0]
+    with Image.open(folder / "drops.png") as image:
+        assert image.size == (975, 690)  # 3.25 × 2.3 in at 300 dpi
+    pdf = (folder / "drops.pdf").read_bytes()
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, embedded
+    assert b"CreationDate" not in pdf
+    assert "<dc:date>" not in (folder / "drops.svg").read_text(encoding="utf-8")
+    rows = pd.read_csv(folder / "drops.csv")
+    assert list(rows.columns) == ["method", "published", "K", "score", "low", "high", "n"]
+    assert rows["n"].tolist() == [2] * 6 and rows["published"].tolist() == [False] * 3 + [True] * 3
+    assert (folder / "drops.txt").read_text() == "Toy. Mean and 95 % bootstrap band over n = 2 seeds.\n"
+
+
+def test_every_method_has_its_own_look_and_dense_is_black():
+    looks = [(color, marker) for color, marker, _ in figures.METHODS.values()]
+    assert len(set(looks)) == len(looks)
+    assert figures.METHODS["dense"][0] == "#000000"
+    assert "#F0E442" not in {color for color, _ in looks}  # Okabe-Ito's yellow is too pale on paper
+    headline = ["dense", "magnitude", "l0", "obert", "hybrid", "top", "int8", "kronecker"]
+    assert len({figures.METHODS[method][0] for method in headline}) == len(headline)
+    strategies = ["top", "bottom", "odd", "even", "symmetric", "contribution"]
+    assert len({figures.METHODS[method][0] for method in strategies}) == len(strategies)
+
+
+def test_every_engine_has_a_style():
+    engines = pytest.importorskip("lib.engines")
+    for engine in engines.ENGINES:
+        assert figures.style_of(engine)["label"]
+
+
+def test_ours_is_filled_and_published_hollow():
+    ours, published = figures.style_of("top"), figures.style_of("top", published=True)
+    assert ours["markerfacecolor"] == ours["color"] == published["color"]
+    assert published["markerfacecolor"] == "white" and published["linestyle"] != ours["linestyle"]
+    with pytest.raises(StudyError, match="no style for method 'tpo'"):
+        figures.style_of("tpo")
+    with pytest.raises(StudyError, match="figure size 'poster'"):
+        figures.new_figure("poster")
+
+
+def test_bootstrap_interval():
+    values = np.random.default_rng(3).normal(80, 2, size=40)
+    interval = figures.bootstrap_interval(values)
+    assert interval == figures.bootstrap_interval(values)
+    assert interval.mean == pytest.approx(values.mean()) and interval.n == 40
+    half = 1.96 * values.std() / np.sqrt(40)  # the normal approximation is close at n = 40
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.15)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.15)
+
+    alone = figures.bootstrap_interval([81.0, float("nan")])
+    assert alone.mean == 81 and alone.n == 1 and np.isnan(alone.low) and np.isnan(alone.high)
+    assert figures.bootstrap_interval([5.0, 5.0]) == (5, 5, 5, 2)
+    assert np.isnan(figures.bootstrap_interval([]).mean)
+
+
+def test_band_plot_draws_what_it_returns():
+    _, ax = figures.new_figure()
+    frame = pd.DataFrame({"K": [1, 0, 1, 0], "score": [80.0, 90.0, 84.0, 92.0]})
+    rows = figures.band_plot(ax, frame, "K", "score", "odd")
+    assert rows[["K", "score", "n"]].to_numpy().tolist() == [[0, 91, 2], [1, 82, 2]]
+    assert ax.get_lines()[0].get_ydata().tolist() == [91, 82]
+    assert len(ax.collections) == 1
+    assert (rows["low"] <= rows["score"]).all() and (rows["score"] <= rows["high"]).all()
+
+    single = figures.band_plot(ax, frame.iloc[:2], "K", "score", "even")
+    assert single["low"].isna().all() and len(ax.collections) == 1
+    with pytest.raises(StudyError, match="no rows for method 'even'"):
+        figures.band_plot(ax, frame.iloc[:0], "K", "score", "even")
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ([3, 3], "over n = 3 seeds."),
+        ([2, 5], "over n = 2 to 5 seeds."),
+        ([1, 3], "n = 1 to 3 seeds; no band where n = 1."),
+        ([1, 1], "Single runs (n = 1 of seeds), so no interval."),
+    ],
+)
+def test_captions_say_how_many(counts, says):
+    assert figures.spread_note(pd.DataFrame({"n": counts})).endswith(says)
+
+
+def test_legend_and_line_labels_cover_no_data():
+    fig, ax = figures.new_figure()
+    for i, method in enumerate(["top", "bottom", "odd", "even"]):
+        ax.plot([0, 1, 2], [90, 85, 80 - 0.01 * i], **figures.style_of(method))
+    figures.outside_legend(fig)
+    fig.canvas.draw()
+    assert not fig.legends[0].get_window_extent().overlaps(ax.get_window_extent())
+
+    figures.label_lines(ax)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 4
+    for i, box in enumerate(boxes):
+        assert box.x0 > ax.transData.transform((2, 80))[0]
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_a_legend_of_ours_and_published_names_each_method_once():
+    fig, ax = figures.new_figure()
+    for published in (False, True):
+        ax.plot([0, 1], [1, 2], **figures.style_of("top", published))
+    ax.plot([0, 1], [2, 3], **figures.style_of("odd", published=True))
+    figures.outside_legend(fig)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["Top", "Odd alternate", "Ours", "Published"]
+
+
+def test_labels_that_would_collide_move_apart_as_little_as_needed():
+    assert figures._apart([0, 100], 10) == [0, 100]
+    assert figures._apart([50, 50, 50], 10) == [40, 50, 60]
+    apart = figures._apart([0, 4, 8, 30], 10)
+    assert apart == sorted(apart) and min(np.diff(apart)) >= 10 and sum(apart) == pytest.approx(42)
+
+
+def test_retained_line_lies_at_the_share():
+    _, ax = figures.new_figure()
+    assert figures.retained_line(ax, 80) == pytest.approx(79.2)
+    assert ax.texts[0].get_text() == "99% of dense"
+
+
+def test_a_figure_without_rows_or_caption_is_refused(tmp_path):
+    fig, _ = figures.new_figure()
+    for rows, caption in ((pd.DataFrame(), "A caption."), (pd.DataFrame({"x": [1]}), " ")):
+        with pytest.raises(StudyError, match="figure 'empty'"):
+            figures.save_figure(fig, "empty", rows, caption, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_folder_is_a_study_error_and_leaves_nothing(tmp_path):
+    fig, _ = figures.new_figure()
+    (tmp_path / "figures").write_text("a file", encoding="utf-8")
+    with pytest.raises(StudyError, match="cannot write"):
+        figures.save_figure(fig, "name", pd.DataFrame({"x": [1]}), "A caption.", tmp_path / "figures")
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
+
+
+TABLE = pd.DataFrame(
+    {
+        "model_name": ["BERT & co", "a|b 50%"],
+        "score (%)": [91.237, np.nan],
+        "K": [2, 4],
+        "ratio": [1.94, 12345.678],
+    }
+)
+
+
+def test_tables_in_three_formats(tmp_path):
+    files = tables.save_table(
+        TABLE, "sizes", "Sizes ± 1 %.", tmp_path, {"score (%)": "{:.1f}", "ratio": lambda x: f"{x:.2f}×"}
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sizes.csv", "sizes.md", "sizes.tex"]
+    assert pd.read_csv(files["csv"])["score (%)"][0] == 91.237
+
+    lines = files["md"].read_text(encoding="utf-8").splitlines()
+    assert [cell.strip() for cell in lines[2].split(" | ")] == ["| BERT & co", "91.2", "2", "1.94× |"]
+    assert "a\\|b 50%" in lines[3] and " – " in lines[3]
+    assert [cell.endswith(":") for cell in lines[1].strip("|").split("|")] == [False, True, True, True]
+    assert lines[-1] == "Sizes ± 1 %."
+
+    tex = files["tex"].read_text(encoding="utf-8")
+    for part in (r"\toprule", r"\bottomrule", r"{lrrr}", r"\caption{Sizes $\pm$ 1 \%.}", r"\label{tab:sizes}"):
+        assert part in tex
+    assert r"BERT \& co & 91.2 & 2 & 1.94$\times$ \\" in tex and r"a|b 50\% & --" in tex and r"model\_name" in tex
+
+
+def test_table_mistakes_are_named(tmp_path):
+    with pytest.raises(StudyError, match="table 'none': has no rows"):
+        tables.save_table(TABLE.iloc[:0], "none", "c", tmp_path)
+    with pytest.raises(StudyError, match="format for column 'speed'"):
+        tables.markdown_table(TABLE, {"speed": "{}"})
+
+
+def test_show_is_markdown_with_its_caption():
+    shown = tables.show(TABLE, "Two models.", {"ratio": "{:.1f}"})
+    assert shown.data.startswith("| model_name") and shown.data.endswith("\n\n*Two models.*")
