@@ -6,6 +6,7 @@ or a neighbour on the machine then hits all candidates alike. Medians and quarti
 many. Nothing is timed before its outputs agree with PyTorch fp32 (``check_agreement``).
 
     python -m lib.benchmark latency --encoder base --keep-layers 6 --batch 1 --length 384
+    python -m lib.benchmark training --profile study --data-dir FOLDER
 """
 
 import argparse
@@ -34,6 +35,7 @@ from lib.memory import peak_memory
 from lib.models import ARCHITECTURES, layers, load_model, random_model
 from lib.onnx_export import evaluation_copy, quiet
 from lib.surgery import drop_layers
+from lib.training_speed import training_report
 
 __all__ = ["check_agreement", "flops", "latency", "peak_memory", "random_batch", "size_on_disk"]
 
@@ -265,6 +267,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=10, help="turns per engine (default 10)")
     add("--seed", type=int, default=0, help="of the tokens and of the order within a round")
     command.set_defaults(run=_latency_command)
+    command = commands.add_parser("training", help="compare this study's training loop with a stock Trainer")
+    add = command.add_argument
+    add("--profile", default="quick", help="its encoder, first QA task and settings are used (default quick)")
+    add("--data-dir", help="folder of local data sets (default: STUDY_DATA)")
+    add("--examples", type=int, default=256, help="features per epoch and variant (default 256)")
+    add("--batch", type=int, default=32, help="examples per step (default 32)")
+    add("--rounds", type=int, default=3, help="counted epochs per variant (default 3)")
+    add("--threads", type=int, default=usable_cpus(), help="CPU threads (default: all usable)")
+    command.set_defaults(run=training_report)
     return parser
 
 

@@ -92,11 +92,15 @@ class Profile(Strict):
 
 
 class LayerDroppingSettings(Strict):
-    """The grid of notebook 05. ``k`` lists how many layers to drop; ``None`` means every K the encoder allows."""
+    """The grid of notebook 05. ``k`` lists how many layers to drop; ``None`` means every K the encoder allows.
+
+    ``grid_tasks`` get every strategy and K; the profile's other tasks only half of the layers dropped from the top.
+    """
 
     k: tuple[PositiveInt, ...] | None
     strategies: tuple[Literal["top", "bottom", "odd", "even", "symmetric", "contribution"], ...] = Field(min_length=1)
     thresholds: tuple[float, ...]
+    grid_tasks: tuple[str, ...]
     ablation_k: tuple[PositiveInt, ...] = Field(min_length=1)
     ablation_tasks: tuple[str, ...]
 
@@ -113,6 +117,8 @@ def load_profile(profile: str | Path, **overrides: Any) -> Profile:
     path = _profile_path(profile)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"profile file {path} cannot be read ({error}); give a YAML file in UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -142,6 +148,8 @@ def _profile_path(profile: str | Path) -> Path:
 
 def _override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     """Set one (dotted) key in place."""
+    if key in ("tasks", "seeds") and not _holds_tasks(values):
+        raise StudyError(f"{file}: tasks: expected the settings of each task, as in config/quick.yaml")
     if key == "tasks" and isinstance(value, list | tuple):
         missing = [task for task in value if task not in values["tasks"]]
         if missing:
@@ -151,6 +159,7 @@ def _override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
         if value < 1:
             raise StudyError(f"seeds: found {value}, expected how many seeds (1 or more) or a list of them")
         value = list(range(value))
+    if key == "seeds" and isinstance(value, list | tuple):
         for settings in values["tasks"].values():
             settings["seeds"] = len(value)
     if key in ("data_dir", "results"):
@@ -158,10 +167,17 @@ def _override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     target, *rest = key.split(".")
     if target not in Profile.model_fields:
         raise StudyError(f"unknown setting '{key}'; the settings of {file} are {', '.join(Profile.model_fields)}")
-    node = values
+    node: Any = values
     for part in rest:
-        node, target = node[target], part
+        node, target = node.get(target), part
+        if not isinstance(node, dict):
+            raise StudyError(f"unknown setting '{key}'; {file} has nothing above '{part}' to put it in")
     node[target] = value
+
+
+def _holds_tasks(values: dict[str, Any]) -> bool:
+    tasks = values.get("tasks")
+    return isinstance(tasks, dict) and all(isinstance(settings, dict) for settings in tasks.values())
 
 
 def _validated(values: dict[str, Any], file: str) -> Profile:

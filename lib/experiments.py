@@ -18,7 +18,7 @@ from lib.agreement import check_agreement, random_batch
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.layer_dropping import layer_contributions
 from lib.config import Profile, StudyError
-from lib.data import TASKS, load_task
+from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
 from lib.progress import say
@@ -66,7 +66,7 @@ def finished_model(profile: Profile, spec: TrainSpec) -> tuple[PreTrainedModel, 
 
 def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) -> dict[str, Any]:
     """Load, compress, fine-tune, cut out, measure. Dense baselines and ``keep_weights`` leave their weights behind."""
-    task = TASKS[spec.task]
+    task = _language_understanding(spec.task)
     settings = spec.training
     data = _task_data(spec, profile)
     model, tokenizer = _initial(spec, profile)
@@ -93,6 +93,14 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     return result
 
 
+def _language_understanding(name: str) -> Task:
+    """The task called ``name``, for an encoder under a head; translation has other models."""
+    task = get_task(name)
+    if task.kind == "translation":
+        raise StudyError(f"task '{name}' is translation; an encoder is fine-tuned on question answering or sentences")
+    return task
+
+
 def _task_data(spec: TrainSpec, profile: Profile) -> DatasetDict:
     settings = spec.training
     return _load(spec.task, spec.data, profile.data_dir, settings.train_examples, settings.eval_examples)
@@ -116,7 +124,7 @@ def _encoded(task: str, source: str, data_dir: Path | None, encoder: str, settin
     values = dict(settings)
     data = _load(task, source, data_dir, values["train_examples"], values["eval_examples"])[split]
     lengths = TrainingSettings(epochs=1, batch_size=1, learning_rate=1, **values)
-    return encode(TASKS[task], data, load_tokenizer(encoder), lengths, training=split == "train")
+    return encode(get_task(task), data, load_tokenizer(encoder), lengths, training=split == "train")
 
 
 def describe(model: PreTrainedModel) -> dict[str, int]:
@@ -131,7 +139,7 @@ def describe(model: PreTrainedModel) -> dict[str, int]:
 
 
 def _initial(spec: TrainSpec, profile: Profile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    settings, task = spec.training, TASKS[spec.task]
+    settings, task = spec.training, get_task(spec.task)
     if spec.start is None:
         kind: Any = task.kind
         model = load_model(spec.encoder, kind, task.num_labels, spec.seed, settings.attention, settings.dropout)
@@ -166,7 +174,7 @@ def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def run_contribution(spec: ContributionSpec, profile: Profile) -> dict[str, Any]:
     """Similarity of every layer's input and output, (n_layers,), on the first examples of the validation split."""
-    task = TASKS[spec.task]
+    task = _language_understanding(spec.task)
     data = load_task(spec.task, spec.data, profile.data_dir, eval_examples=spec.examples)
     if spec.start:
         model, tokenizer = finished_model(profile, spec.start)
@@ -199,6 +207,12 @@ def build(model: LatencyModel) -> PreTrainedModel:
 
 def run_latency(spec: LatencySpec) -> dict[str, Any]:
     """Every model on every engine at one batch and length, interleaved; engines that are not there are listed."""
+    unknown = [model.architecture for model in spec.models.values() if model.architecture not in ARCHITECTURES]
+    if unknown or spec.dense not in spec.models:
+        raise StudyError(
+            f"latency: '{unknown[0]}' is no architecture; known: {', '.join(ARCHITECTURES)}" if unknown
+            else f"latency: dense model '{spec.dense}' is not among {', '.join(spec.models)}"
+        )  # fmt: skip
     candidates: dict[str, Any] = {}
     sizes, agreement, file_bytes, unavailable = {}, {}, {}, {}
     vocabulary = min(ARCHITECTURES[model.architecture].vocab_size for model in spec.models.values())
@@ -244,7 +258,7 @@ def run_training_speed(spec: TrainingSpeedSpec) -> dict[str, Any]:
 
 def run_stock_comparison(spec: StockComparisonSpec, profile: Profile) -> dict[str, Any]:
     """Our loop against a stock Trainer on the same features, setting by setting."""
-    task = TASKS[spec.task]
+    task = _language_understanding(spec.task)
     data = load_task(spec.task, spec.data, profile.data_dir, train_examples=spec.examples, eval_examples=8)
     settings = TrainingSettings(
         epochs=1, batch_size=spec.batch, learning_rate=1e-4, max_length=spec.max_length, stride=spec.max_length // 4

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lib.config import StudyError
 
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
     """Write a file so that it is whole or absent, even if the machine stops; its folders are made.
@@ -32,6 +34,22 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def refused_write(error: Exception, folder: Path) -> StudyError | None:
+    """The one line for an error that means that the system refused a write; None for any other error.
+
+    The Rust libraries that write weights and tokenizers keep only the text of the system's error, and torch not even
+    that.
+    """
+    if isinstance(error, OSError):
+        return cannot_write(Path(error.filename or folder), error) if error.errno in REFUSED else None
+    for number in REFUSED:
+        if f"(os error {number})" in str(error):
+            return cannot_write(folder, OSError(number, os.strerror(number)))
+    if "enforce fail at inline_container" in str(error) and "StreamReader" not in str(error):
+        return cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    return None
 
 
 def cannot_write(path: Path, error: OSError) -> StudyError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,6 +35,7 @@ from lib.config import StudyError
 
 Kind = Literal["qa", "classification", "regression"]
 
+COMPRESSION_FILE = "compression.json"  # its presence marks a folder that only lib.surgery.load_compressed can read
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # Published architectures, so that parameters can be counted and latency measured without any weights.
@@ -105,6 +107,11 @@ def encoder_source(encoder: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise StudyError(f"encoder folder {folder} has no config.json; give a folder saved by save_pretrained")
+        if (folder / COMPRESSION_FILE).is_file():
+            raise StudyError(
+                f"encoder folder {folder} holds a compressed model; load it with lib.surgery.load_compressed, or give "
+                "the folder of a model that was not cut"
+            )
         if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
             raise StudyError(f"encoder folder {folder} has no model.safetensors; only safetensors weights are loaded")
         return str(folder)
@@ -159,7 +166,7 @@ def load_model(
             return auto.from_pretrained(
                 encoder_source(encoder), config=config, attn_implementation=attention, use_safetensors=True
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise _unreachable(encoder, error) from None
 
 
@@ -193,9 +200,9 @@ def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
 
 def _unreachable(encoder: str, error: Exception) -> StudyError:
     reason = str(error).splitlines()[0][:160]
-    return StudyError(
-        f"encoder '{encoder}' could not be loaded ({reason}); offline, use encoder=minilm or a local folder"
-    )
+    damaged = encoder == "minilm" or Path(encoder).expanduser().is_dir()
+    advice = "save or install it again" if damaged else "offline, use encoder=minilm or a local folder"
+    return StudyError(f"encoder '{encoder}' could not be loaded ({reason}); {advice}")
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -263,9 +270,10 @@ def random_model(shape: str | dict[str, Any], kind: Kind = "qa", seed: int = 0) 
     """
     config = copy.deepcopy(ARCHITECTURES[shape]) if isinstance(shape, str) else BertConfig(**shape)
     auto = AutoModelForQuestionAnswering if kind == "qa" else AutoModelForSequenceClassification
+    attention = "eager" if config.model_type == "xlnet" else "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(config, attn_implementation="sdpa").eval()
+        return auto.from_config(config, attn_implementation=attention).eval()
 
 
 def count_parameters(model: nn.Module) -> int:

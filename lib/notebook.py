@@ -40,6 +40,16 @@ def start(profile: str, **overrides: Any) -> Profile:
     return study
 
 
+def limits(study: Profile, refresh: bool, budget_minutes: float) -> dict[str, Any]:
+    """What ``runs.ensure`` may do: arguments ``refresh`` and ``budget_minutes`` (negative means no limit).
+
+    Without the local data that a profile wants, nothing can be computed and finished records are shown.
+    """
+    if study.data == "local" and study.data_dir is None:
+        return {"refresh": False, "budget_minutes": 0.0}
+    return {"refresh": refresh, "budget_minutes": None if budget_minutes < 0 else budget_minutes}
+
+
 def text(markdown: str) -> None:
     """Show Markdown rendered from records: the only way a result gets into prose."""
     display(Markdown(markdown))

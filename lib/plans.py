@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from lib.compressors import CompressorSpec
 from lib.compressors.layer_dropping import above_threshold, layers_to_drop, possible
 from lib.config import Profile, StudyError
-from lib.data import TASKS
+from lib.data import get_task
 from lib.distillation import Distillation
 from lib.models import layer_count, load_config
 from lib.runs import Record, ensure
@@ -37,7 +37,7 @@ def encoder_layers(profile: Profile) -> int:
 def dense(profile: Profile) -> list[Spec]:
     """Dense baselines of every task and seed, first seeds first."""
     order = [(seed, task) for seed in profile.seeds for task in profile.tasks if seed in profile.task_seeds(task)]
-    return [dense_spec(profile, task, seed) for seed, task in order if TASKS[task].kind != "translation"]
+    return [dense_spec(profile, task, seed) for seed, task in order if get_task(task).kind != "translation"]
 
 
 def engine_latency(profile: Profile) -> list[Spec]:
@@ -55,17 +55,14 @@ def engine_latency(profile: Profile) -> list[Spec]:
     ]  # fmt: skip
 
 
-def stock_comparison(profile: Profile) -> list[Spec]:
+def stock_comparison(profile: Profile) -> StockComparisonSpec:
     """Our training loop against the stock Trainer on the profile's first QA task."""
-    task = next((name for name in profile.tasks if TASKS[name].kind == "qa"), next(iter(profile.tasks)))
+    task = next((name for name in profile.tasks if get_task(name).kind == "qa"), next(iter(profile.tasks)))
     settings = profile.tasks[task]
-    return [
-        StockComparisonSpec(
-            encoder=profile.encoder, task=task, data=data_source(profile, task), batch=min(settings.batch_size, 32),
-            examples=profile.latency.rounds * 32, max_length=settings.max_length, rounds=profile.latency.rounds,
-            threads=profile.latency.threads,
-        )
-    ]  # fmt: skip
+    return StockComparisonSpec(
+        encoder=profile.encoder, task=task, data=data_source(profile, task), batch=32, rounds=3,
+        examples=profile.latency.rounds * 32, max_length=settings.max_length, threads=profile.latency.threads,
+    )  # fmt: skip
 
 
 def contributions(profile: Profile) -> list[Spec]:
@@ -76,7 +73,7 @@ def contributions(profile: Profile) -> list[Spec]:
             max_length=profile.tasks[task].max_length, examples=256,
         )
         for task in profile.tasks
-        if TASKS[task].kind != "translation"
+        if get_task(task).kind != "translation"
     ]  # fmt: skip
 
 
@@ -155,6 +152,8 @@ def layer_dropping(profile: Profile, similarity: dict[str, Sequence[float]]) -> 
         curve: list[Spec] = []
         for task in tasks:
             sets = layer_sets(profile, similarity[task])
+            if task not in profile.layer_dropping.grid_tasks:
+                sets = {key: drop for key, drop in sets.items() if key == ("top", f"K={half}")}
             for (strategy, variant), drop in sets.items():
                 where = headline if variant == f"K={half}" else curve if strategy == "top" else rest
                 where.append(dropped_before(profile, task, seed, drop))
@@ -209,10 +208,13 @@ def halved_speed(profile: Profile) -> list[Spec]:
     return plan
 
 
-def _poor_mans_bert(profile: Profile) -> list[Spec]:
-    """All of notebook 05; measures the layer contributions first, because the contribution strategy needs them."""
+def _poor_mans_bert(profile: Profile, budget_minutes: float | None = None) -> list[Spec]:
+    """All of notebook 05; measures the layer contributions first, because the contribution strategy needs them.
+
+    Tasks whose contributions the budget leaves out are left out here too.
+    """
     plan = contributions(profile)
-    records = ensure(plan, profile, title="layer contributions")
+    records = ensure(plan, profile, budget_minutes=budget_minutes, title="layer contributions")
     return [*plan, *layer_dropping(profile, similarity_of(records))]
 
 
@@ -224,8 +226,13 @@ def similarity_of(records: Sequence[Record]) -> dict[str, Sequence[float]]:
 PLANS: dict[str, Callable[[Profile], list[Spec]]] = {
     "dense": dense,
     "engine_latency": engine_latency,
-    "stock_comparison": stock_comparison,
+    "stock_comparison": lambda profile: [stock_comparison(profile)],
     "contributions": contributions,
     "poor_mans_bert": _poor_mans_bert,
     "halved_speed": halved_speed,
 }
+
+
+def make_plan(name: str, profile: Profile, budget_minutes: float | None) -> list[Spec]:
+    """The plan called ``name``; one that depends on measurements makes them, within the budget."""
+    return _poor_mans_bert(profile, budget_minutes) if name == "poor_mans_bert" else PLANS[name](profile)

@@ -6,21 +6,20 @@ is never overwritten. Two processes may share a results folder: each run is guar
 """
 
 import argparse
-import errno
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock
 from pydantic import ValidationError
 
 from lib import environment
 from lib.config import Profile, Strict, StudyError, load_profile
-from lib.files import cannot_write, write_atomically
+from lib.files import cannot_write, refused_write, write_atomically
 from lib.progress import duration, say
 from lib.specs import Spec, label, parse_spec, spec_hash
 
@@ -91,6 +90,8 @@ def cached(profile: Profile, spec: Spec) -> Record | None:
     if not path.exists():
         return None
     record = read_record(path)
+    if record.hash != spec_hash(spec):
+        raise StudyError(f"corrupt record {path}: it holds run {record.hash}; give it back its own name, or remove it")
     current = _data_digest(profile, spec, or_none=True)
     if record.data and current and record.data != current:
         raise StudyError(
@@ -162,17 +163,18 @@ def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], di
     lock = profile.results / "locks" / f"{spec_hash(spec)}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock).acquire()
     except OSError as error:
-        raise cannot_write(lock.parent, error) from None
-    with FileLock(lock):
+        raise cannot_write(lock, error) from None
+    with held:
         if not refresh and (record := cached(profile, spec)):
             return record
         started = time.monotonic()
         try:
             result = execute(spec, profile)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                raise cannot_write(Path(error.filename or profile.results), error) from None
+        except Exception as error:
+            if refusal := refused_write(error, profile.results):
+                raise refusal from None
             raise
         record = Record(
             hash=spec_hash(spec), spec=spec, result=result, data=_data_digest(profile, spec),
@@ -184,11 +186,18 @@ def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], di
     return record
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad options end in one line like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StudyError(f"{message}; see python -m lib.runs --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m lib.runs``: compute the runs of a notebook, or of spec files, without a notebook."""
-    from lib.plans import PLANS
+    from lib.plans import PLANS, make_plan
 
-    parser = argparse.ArgumentParser(prog="python -m lib.runs", description=main.__doc__)
+    parser = _Parser(prog="python -m lib.runs", description=main.__doc__)
     parser.add_argument("what", nargs="+", help=f"plans ({', '.join(PLANS)}), or JSON files that hold one spec each")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--data-dir", default=None, help="folder of local data sets (default: STUDY_DATA)")
@@ -196,18 +205,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", default=None, help="results folder (default: results/PROFILE)")
     parser.add_argument("--budget-minutes", type=float, default=None, help="start no further run after this time")
     parser.add_argument("--list", action="store_true", help="print each run and whether it is cached, compute nothing")
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
+        budget = 0.0 if options.list else options.budget_minutes
         tasks = options.tasks.split(",") if options.tasks else None
         profile = load_profile(options.profile, data_dir=options.data_dir, results=options.results, tasks=tasks)
         plan: list[Spec] = []
         for what in options.what:
-            plan += PLANS[what](profile) if what in PLANS else [_read_spec(Path(what), list(PLANS))]
+            plan += make_plan(what, profile, budget) if what in PLANS else [_read_spec(Path(what), list(PLANS))]
         if options.list:
             for spec in {spec_hash(spec): spec for spec in plan}.values():
                 print("cached " if record_path(profile, spec).exists() else "missing", record_path(profile, spec).name)
             return 0
-        ensure(plan, profile, budget_minutes=options.budget_minutes, title=" ".join(options.what))
+        ensure(plan, profile, budget_minutes=budget, title=" ".join(options.what))
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -222,8 +232,12 @@ def _read_spec(path: Path, plans: list[str]) -> Spec:
         raise StudyError(f"'{path}' is neither a plan ({', '.join(plans)}) nor a file")
     try:
         return parse_spec(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, ValidationError) as error:
-        raise StudyError(f"spec file {path} is not valid ({str(error).splitlines()[0]})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise StudyError(f"spec file {path}: {field}: {first['msg']}, found {str(first['input'])[:80]!r}") from None
+    except (OSError, ValueError) as error:
+        raise StudyError(f"spec file {path} cannot be read as JSON ({error})") from None
 
 
 if __name__ == "__main__":

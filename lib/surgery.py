@@ -2,8 +2,9 @@
 
 A model whose layers differ in width has no transformers config. It is saved as ``compressed.safetensors`` beside
 ``compression.json``, which lists every layer's widths; ``load_compressed`` rebuilds the shapes before it reads the
-weights. transformers itself is made to stop at such a folder with a message that names the loader, because with
-``ignore_mismatched_sizes`` it would silently re-initialise the pruned layers.
+weights. transformers itself is made to stop at such a folder with a message that names the loader: the weights index
+that it looks for first points at a file that is not there, whose name is the message. Otherwise it would say something
+about missing files, or with ``ignore_mismatched_sizes`` silently re-initialise the pruned layers.
 """
 
 import json
@@ -24,10 +25,12 @@ from transformers import (
 )
 
 from lib.config import StudyError
+from lib.models import COMPRESSION_FILE as SHAPES
 from lib.models import layer_parts, layers, remove_layers
 
-WEIGHTS, SHAPES = "compressed.safetensors", "compression.json"
-GUARD = "none: this folder holds a compressed model, load it with lib.surgery.load_compressed(folder)"
+WEIGHTS = "compressed.safetensors"
+INDEX = "model.safetensors.index.json"
+GUARD = "(a compressed model: load it with lib.surgery.load_compressed)"
 
 
 def drop_layers(model: PreTrainedModel, numbers: Iterable[int]) -> list[nn.Module]:
@@ -105,6 +108,8 @@ def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in (SHAPES, INDEX, WEIGHTS, "model.safetensors"):  # of another model that was saved here
+            (folder / stale).unlink(missing_ok=True)
         tokenizer.save_pretrained(folder)
         if _is_uniform(model):
             model.save_pretrained(folder)
@@ -112,12 +117,20 @@ def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         shapes = {"format": 1, "config": config, "layers": layer_shapes(model)}
         (folder / SHAPES).write_text(json.dumps(shapes, indent=1), encoding="utf-8")
-        guard = {"model_type": model.config.model_type, "quantization_config": {"quant_method": GUARD}}
-        (folder / "config.json").write_text(json.dumps(guard, indent=1), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps({"model_type": model.config.model_type}), encoding="utf-8")
+        guard = {"metadata": {"total_size": 0}, "weight_map": {GUARD: f"{GUARD}.safetensors"}}
+        (folder / INDEX).write_text(json.dumps(guard, indent=1), encoding="utf-8")
         safetensors.torch.save_model(model, str(folder / WEIGHTS))
-    except OSError as error:
-        raise StudyError(f"cannot save the model to {folder}: {error.strerror or error}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StudyError(f"cannot save the model to {folder} ({reason}); free some space or give another") from None
     return folder
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class of the head that a config's ``architectures`` names."""
+    qa = "QuestionAnswering" in (config.architectures or [""])[0]
+    return AutoModelForQuestionAnswering if qa else AutoModelForSequenceClassification
 
 
 def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -129,22 +142,22 @@ def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise StudyError(f"{folder} holds no model: config.json is missing; give a folder made by save_compressed")
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
-    if not (folder / SHAPES).is_file():
-        config = AutoConfig.from_pretrained(folder)
-        qa = (config.architectures or [""])[0].endswith(("QuestionAnswering", "QuestionAnsweringSimple"))
-        auto = AutoModelForQuestionAnswering if qa else AutoModelForSequenceClassification
-        return auto.from_pretrained(folder, use_safetensors=True).eval(), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+        if not (folder / SHAPES).is_file():
+            auto = _auto_class(AutoConfig.from_pretrained(folder))
+            return auto.from_pretrained(folder, use_safetensors=True).eval(), tokenizer
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise StudyError(f"model folder {folder} is damaged ({reason}); save the model again") from None
     try:
         saved = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
         config = AutoConfig.for_model(**saved["config"])
-        shapes = saved["layers"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise StudyError(f"{folder / SHAPES} is damaged ({error}); save the model again") from None
-    qa = (config.architectures or [""])[0].endswith("QuestionAnswering")
-    auto = AutoModelForQuestionAnswering if qa else AutoModelForSequenceClassification
-    model = auto.from_config(config)
-    apply_shapes(model, shapes)
+        model = _auto_class(config).from_config(config)
+        apply_shapes(model, saved["layers"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise StudyError(f"{folder / SHAPES} is damaged ({reason}); save the model again") from None
     try:
         safetensors.torch.load_model(model, str(folder / WEIGHTS))
     except (RuntimeError, OSError, safetensors.SafetensorError) as error:

@@ -1,7 +1,7 @@
 """How fast training is: full steps of several models, and our loop against a stock ``transformers.Trainer``.
 
-Both are interleaved. Steps of different models take turns in one process. Settings that a process fixes when it starts
-(the allocator) need processes of their own, so each variant of the comparison lives in one and they take turns.
+Both are interleaved. Steps of different models take turns in one process. The allocator is fixed when a process starts,
+so the variants with and without its settings live in two processes, and epochs of all variants take turns.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from tabulate import tabulate
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from lib import environment
 from lib.agreement import random_batch
 from lib.compressors.base import Compressor
-from lib.config import StudyError
+from lib.config import StudyError, load_profile
 from lib.memory import peak_memory
 from lib.models import load_model, load_tokenizer, random_model
 from lib.surgery import drop_layers
@@ -166,17 +167,20 @@ def _trainer(encoder: str, kind: Any, features: Dataset, batch: int, settings: d
 
 
 def _worker(pipe: Connection, encoder: str, kind: str, columns: dict[str, list], batch: int, threads: int,
-            settings: dict[str, Any]) -> None:  # fmt: skip
-    """Hold one variant; each time the parent asks, train one epoch and send its seconds."""
+            variants: dict[str, dict[str, Any]]) -> None:  # fmt: skip
+    """Hold some variants; each time the parent names one, train it for an epoch and send its seconds."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(encoder, kind, Dataset.from_dict(columns), batch, settings, folder)
-        clock = _Clock()
-        trainer.add_callback(clock)
-        pipe.send(environment.allocator_is_fast())
-        while pipe.recv():
+        features, clock = Dataset.from_dict(columns), _Clock()
+        trainers = {
+            name: _trainer(encoder, kind, features, batch, settings, folder) for name, settings in variants.items()
+        }
+        for trainer in trainers.values():
+            trainer.add_callback(clock)
+        pipe.send(True)
+        while name := pipe.recv():
             clock.seconds = 0.0
-            trainer.train()
+            trainers[name].train()
             pipe.send(clock.seconds)
 
 
@@ -211,34 +215,36 @@ def training_comparison(encoder: str, kind: str, features: Dataset, batch: int, 
         bf16 run, and ratio to the variant before.
     """
     context = multiprocessing.get_context("spawn")
-    settings: dict[str, Any] = {}
-    workers: dict[str, tuple[Any, Connection]] = {}
     columns = {name: list(features[name]) for name in features.column_names}
-    for name, (change, _) in VARIANTS.items():
-        settings = settings | change
+    settings: dict[str, Any] = {}
+    variants = {name: (settings := settings | change) for name, (change, _) in VARIANTS.items()}
+    workers: dict[str, tuple[Any, Connection]] = {}
+    for fast in (False, True):
+        held = {name: chosen for name, chosen in variants.items() if bool(chosen.get("allocator")) is fast}
         here, there = context.Pipe()
-        with _allocator(bool(settings.get("allocator"))):
+        with _allocator(fast):
             process = context.Process(
-                target=_worker, args=(there, encoder, kind, columns, batch, threads, settings), daemon=True
+                target=_worker, args=(there, encoder, kind, columns, batch, threads, held), daemon=True
             )
             process.start()
         there.close()
-        workers[name] = (process, here)
+        workers |= dict.fromkeys(held, (process, here))
+    own = list({id(process): (process, pipe) for process, pipe in workers.values()}.values())
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     try:
-        for _, pipe in workers.values():
+        for _, pipe in own:
             pipe.recv()
         for turn in range(rounds + 1):
             for name, (_, pipe) in workers.items():
                 progress(f"training speed: round {turn} of {rounds}, {name}")
-                pipe.send(True)
+                pipe.send(name)
                 seconds[name].append(pipe.recv())
-        for _, pipe in workers.values():
-            pipe.send(False)
+        for _, pipe in own:
+            pipe.send("")
     except EOFError:
         raise StudyError("training comparison: a worker process ended early; is there enough memory?") from None
     finally:
-        for process, _ in workers.values():
+        for process, _ in own:
             process.join(timeout=20)
             process.terminate()
     rates = {name: len(features) / np.array(values[1:]) for name, values in seconds.items()}
@@ -254,3 +260,35 @@ def training_comparison(encoder: str, kind: str, features: Dataset, batch: int, 
     return {"rows": rows, "examples": len(features), "mean_length": float(np.mean(features["length"])),
             "device": device().type}  # fmt: skip
 
+
+def training_report(options: Any) -> str:
+    """Compare under a profile, as ``python -m lib.benchmark training`` asks; returns the printed table.
+
+    Args:
+        options: ``profile``, ``data_dir``, ``examples``, ``batch``, ``rounds``, ``threads``.
+
+    Raises:
+        StudyError: impossible value, unknown profile, missing data.
+    """
+    from lib.experiments import run_stock_comparison
+    from lib.plans import stock_comparison
+
+    for field in ("examples", "batch", "rounds", "threads"):
+        if getattr(options, field) < 1:
+            raise StudyError(f"--{field}: found {getattr(options, field)}, expected 1 or more")
+    profile = load_profile(options.profile, data_dir=options.data_dir)
+    changes = {field: getattr(options, field) for field in ("examples", "batch", "rounds", "threads")}
+    spec = stock_comparison(profile).model_copy(update=changes)
+    result = run_stock_comparison(spec, profile)
+    cells = [[
+        row["variant"], f"{row['examples_per_s']:.1f}", f"{row['q1']:.1f}–{row['q3']:.1f}",
+        f"{row['ratio_to_previous']:.2f}", f"{row['ratio_to_stock_bf16']:.2f}", row["also_changes"],
+    ] for row in result["rows"]]  # fmt: skip
+    headers = ("setting, added to the row above", "examples/s", "quartiles", "× above", "× stock bf16", "also changes")
+    table = tabulate(cells, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 4, "left"))
+    return "\n".join([
+        f"{profile.encoder} on {result['examples']} features of {spec.task}, {result['mean_length']:.0f} tokens on "
+        f"average, batch {spec.batch}, {spec.threads} threads, {spec.rounds} interleaved rounds, "
+        f"{environment.hardware()['cpu']}",
+        "", table,
+    ])  # fmt: skip
