@@ -7,6 +7,9 @@ value that answers the question. The last question of each relation is asked onl
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+
+from lib.models import packaged_minilm_dir
 
 ONSETS = "b br c cl d dr f g gr h k l m n p r s st t tr v w".split()
 VOWELS = "a e i o u".split()
@@ -278,6 +281,13 @@ KINDS = (
 )
 
 
+@cache
+def existing_words() -> frozenset[str]:
+    """The packaged encoder's vocabulary: real words, places and people that an invented name must not be."""
+    vocabulary = (packaged_minilm_dir() / "vocab.txt").read_text(encoding="utf-8").split()
+    return frozenset(vocabulary) | {"wuhan"}  # became known after the vocabulary was made
+
+
 class Names:
     """Draws entities and values from one random stream.
 
@@ -293,13 +303,13 @@ class Names:
         """All texts in validation; in training all but the last ``held_out``."""
         return texts if self.unseen else texts[:-held_out]
 
-    def word(self, syllables: int) -> str:
-        """An invented word, capitalised."""
+    def word(self, syllables: int, ending: str = "") -> str:
+        """An invented word, capitalised; never one that exists."""
         while True:
             parts = [self.rng.choice(ONSETS) + self.rng.choice(VOWELS) for _ in range(syllables)]
             word = "".join(parts) + self.rng.choice(CODAS)
-            if sum(map(ord, word)) % 2 == self.unseen:
-                return word.capitalize()
+            if sum(map(ord, word)) % 2 == self.unseen and not {word, word + ending} & existing_words():
+                return (word + ending).capitalize()
 
     def entity(self, kind: str, like: str | None = None) -> str:
         """A name for an entity of ``kind``; ``like`` another one, it shares that one's invented (last) word."""
@@ -314,7 +324,7 @@ class Names:
 
     def town(self) -> str:
         """A town's name of one invented word, half of them with an ending such as "ford"."""
-        return self.word(1) + self.rng.choice(PLACE_ENDINGS) if self.rng.random() < 0.5 else self.word(2)
+        return self.word(1, self.rng.choice(PLACE_ENDINGS)) if self.rng.random() < 0.5 else self.word(2)
 
     def value(self, kind: str) -> str:
         """Something that answers a question of this kind: a name, year, number or phrase."""
