@@ -94,14 +94,15 @@ def test_runs_under_smoke(path, smoke):
 @each
 def test_saves_the_figures_and_tables_that_it_names(path, smoke):
     source = "\n".join(cell.source for cell in code(path))
-    for kind, folder, suffixes in (
-        ("figure", "figures", ("pdf", "svg", "png", "csv", "txt")),
-        ("table", "tables", ("csv", "md", "tex")),
-    ):
-        for name in re.findall(rf'save_{kind}\(\s*\w+,\s*"([^"]+)"', source):
-            for suffix in suffixes:
-                made = smoke / folder / f"{name}.{suffix}"
-                assert made.is_file() and made.stat().st_size, made.name
+    names = set(re.findall(rf'"({path.stem[:2]}_\w+)"', source))
+    assert names
+    kinds = {"figures": ("pdf", "svg", "png", "csv", "txt"), "tables": ("csv", "md", "tex")}
+    for name in names:
+        made = {kind for kind in kinds if (smoke / kind / f"{name}.csv").is_file()}
+        assert made, f"{name} was neither saved as a figure nor as a table"
+        for kind in made:
+            for suffix in kinds[kind]:
+                assert (smoke / kind / f"{name}.{suffix}").stat().st_size, f"{kind}/{name}.{suffix}"
 
 
 def test_smoke_leaves_records_and_nothing_half_written(smoke):
