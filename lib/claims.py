@@ -36,7 +36,8 @@ def poor_mans_bert(layers: int, curves: pd.DataFrame, orders: pd.DataFrame, trai
         training: ``analysis.training_speed_frame`` with ``dropped (%)``; may be empty.
         inference: ``analysis.latency_frame`` with ``time saved (%)`` and ``dropped (%)``; may be empty.
     """
-    glue = curves[curves["task"].map(lambda task: TASKS[task].kind != "qa")]
+    sentences = curves["task"].map(lambda task: TASKS[task].kind != "qa").astype(bool)  # an empty map is text
+    glue = curves[sentences]
     rows = [
         _size(),
         _fine_tuning(training),

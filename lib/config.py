@@ -45,13 +45,17 @@ class TaskSettings(Strict):
 
 
 class LatencySettings(Strict):
-    """Conditions under which latency is measured: every engine, batch and length pair named here."""
+    """Conditions under which speed is measured: every engine, batch and length pair named here.
+
+    ``comparison_examples`` is how many features the comparison with a stock Trainer trains on in each round.
+    """
 
     engines: tuple[str, ...] = Field(min_length=1)
     threads: PositiveInt
     batches: tuple[PositiveInt, ...] = Field(min_length=1)
     lengths: tuple[PositiveInt, ...] = Field(min_length=1)
     rounds: PositiveInt
+    comparison_examples: int = Field(ge=8)
     base_shape: Literal["tiny", "base", "large"]
 
 

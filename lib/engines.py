@@ -113,8 +113,6 @@ def prepare(
     Raises:
         StudyError: unknown or unavailable engine, no calibration data, a model that cannot be exported, full disk.
     """
-    if engine not in _TABLE:
-        raise StudyError(f"engine '{engine}' is unknown; allowed: {', '.join(ENGINES)}")
     reason = unavailable_reason(engine)
     if reason:
         raise StudyError(f"engine '{engine}' is {reason}; available here: {', '.join(available_engines())}")
@@ -132,7 +130,13 @@ def prepare(
 
 
 def unavailable_reason(engine: str) -> str | None:
-    """None when ``engine`` can run here, else "not available: " and why, for a table's cell."""
+    """None when ``engine`` can run here, else "not available: " and why, for a table's cell.
+
+    Raises:
+        StudyError: unknown engine.
+    """
+    if engine not in _TABLE:
+        raise StudyError(f"engine '{engine}' is unknown; allowed: {', '.join(ENGINES)}")
     entry = _TABLE[engine]
     for package in entry.needs:
         if importlib.util.find_spec(package) is None:

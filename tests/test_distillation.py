@@ -67,8 +67,14 @@ def test_masked_mse_ignores_padding():
 
 @pytest.mark.parametrize(
     ("student", "teacher", "expected"),
-    [(6, 6, [0, 1, 2, 3, 4, 5]), (6, 12, [1, 3, 5, 7, 9, 11]), (4, 12, [2, 5, 8, 11]), (1, 4, [3]), (5, 6, [0, 1, 2, 3, 5])],
-)  # fmt: skip
+    [
+        (6, 6, [0, 1, 2, 3, 4, 5]),
+        (6, 12, [1, 3, 5, 7, 9, 11]),
+        (4, 12, [2, 5, 8, 11]),
+        (1, 4, [3]),
+        (5, 6, [0, 1, 2, 3, 5]),
+    ],
+)
 def test_layers_are_matched_last_to_last(student, teacher, expected):
     assert matched_layers(student, teacher) == expected
 

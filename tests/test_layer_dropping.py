@@ -1,6 +1,7 @@
-"""Poor Man's BERT (oracle checks 10 and 13): the paper's layer sets, and dropping a layer equals making it the identity."""
+"""Poor Man's BERT (oracle checks 10 and 13): the paper's layer sets; dropping a layer equals making it the identity."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -165,7 +166,7 @@ def test_contributions_are_the_mean_over_examples_at_the_classification_token(sm
             torch.dot(before[row, place], after[row, place]) / before[row, place].norm() / after[row, place].norm()
             for row in range(3)
         ) / 3
-        for before, after in zip(states[:-1], states[1:], strict=True)
+        for before, after in itertools.pairwise(states)
     ]  # fmt: skip
     assert len(states) == 5
     whole = layer_contributions(model, [batch])

@@ -1,4 +1,4 @@
-"""Saving and loading compressed models (oracle check 12): identical in a new process, and never mistaken for a plain one."""
+"""Saving and loading compressed models (oracle check 12): identical in a new process, never mistaken for plain ones."""
 
 import json
 import os

@@ -1,0 +1,249 @@
+"""From hand-made records to frames and verdicts: the shares are right, and a verdict flips when the numbers do."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import claims
+from lib.analysis import (
+    PROCEDURES,
+    latency_frame,
+    procedure,
+    published_retained,
+    quality_frame,
+    strategy_frame,
+    summarise,
+    training_speed_frame,
+)
+from lib.compressors import CompressorSpec
+from lib.config import StudyError
+from lib.distillation import Distillation
+from lib.runs import Record
+from lib.specs import LatencyModel, LatencySpec, Spec, TrainingSpeedSpec, TrainSpec, spec_hash
+from lib.training import TrainingSettings
+
+TRAINING = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-4, max_length=64)
+TASKS = ("rte", "cola")
+LAYERS = 6
+
+
+def record(spec: Spec, **result: Any) -> Record:
+    return Record(
+        hash=spec_hash(spec), spec=spec, result=result, data=None, code="c", commit=None, created="2026-01-01",
+        seconds=1.0, hardware={"cpu": "Toy CPU"}, packages={},
+    )  # fmt: skip
+
+
+def dense(task: str = "rte", seed: int = 0) -> TrainSpec:
+    return TrainSpec(task=task, data="local", encoder="minilm", seed=seed, training=TRAINING)
+
+
+def dropped(drop: tuple[int, ...], kind: str = "before", task: str = "rte", seed: int = 0) -> TrainSpec:
+    """A run of one of ``PROCEDURES``."""
+    settings: dict[str, Any] = {"drop": list(drop)} | ({"iterative": True} if kind == "iterative" else {})
+    changes: dict[str, Any] = {"compressor": CompressorSpec(name="layer_dropping", settings=settings)}
+    if kind in ("after", "untrained"):
+        changes["start"] = dense(task, seed)
+    if kind == "untrained":
+        changes["training"] = TRAINING.model_copy(update={"epochs": 0})
+    if kind == "distilled":
+        changes |= {"distillation": Distillation(), "teacher": dense(task, seed)}
+    return dense(task, seed).model_copy(update=changes)
+
+
+def trained(spec: TrainSpec, score: float, seconds: float = 4.0) -> Record:
+    drop = list(spec.compressor.settings["drop"]) if spec.compressor else []
+    result: dict[str, Any] = {
+        "score": score,
+        "model": {"layers": LAYERS - len(drop), "parameters": 100 - 10 * len(drop), "size_bytes": 400},
+        "compression": {"dropped_layers": drop} if drop else {},
+    }
+    if spec.training.epochs:
+        result["training"] = {"seconds": seconds, "examples": 80}
+    return record(spec, **result)
+
+
+def test_every_procedure_is_recognised():
+    found = {kind: procedure(dropped((1,), kind)) for kind in PROCEDURES if kind != "dense"}
+    assert found == {kind: kind for kind in found} and procedure(dense()) == "dense"
+
+
+def test_quality_frame_takes_shares_of_the_same_task_and_seed():
+    frame = quality_frame([
+        trained(dense("rte", 0), 80.0), trained(dense("rte", 1), 50.0), trained(dense("cola", 0), 40.0),
+        trained(dropped((5, 6), task="rte", seed=0), 60.0), trained(dropped((5, 6), task="rte", seed=1), 60.0),
+        trained(dropped((4,), task="cola", seed=0), 30.0), trained(dropped((4,), task="cola", seed=1), 30.0),
+        trained(dropped((6,), "untrained", seed=0), 20.0),
+        record(TrainingSpeedSpec(models={}, dense="x", batch=1, length=1, threads=1, rounds=1, bf16=False), rows=[]),
+    ])  # fmt: skip
+    assert len(frame) == 8
+    np.testing.assert_allclose(frame["retained"], [100, 100, 100, 75, 120, 75, np.nan, 25])
+    assert frame["k"].tolist() == [0, 0, 0, 2, 2, 1, 1, 1] and frame["drop"][3] == (5, 6)
+    assert frame["layers"].tolist() == [6, 6, 6, 4, 4, 5, 5, 5]
+    assert frame["examples_per_s"][0] == 20.0 and np.isnan(frame["examples_per_s"][7])
+    assert frame["procedure"].tolist() == ["dense"] * 3 + ["before"] * 4 + ["untrained"]
+
+
+def test_quality_frame_of_nothing_is_one_line():
+    with pytest.raises(StudyError, match="no training run is finished yet"):
+        quality_frame([])
+
+
+SETS = {task: {("top", "K=2"): (5, 6), ("odd", "K=2"): (3, 5), ("contribution", "K=2"): (5, 6)} for task in TASKS}
+
+
+def test_one_run_serves_every_strategy_that_drops_its_layers():
+    quality = quality_frame([
+        trained(dense(), 80.0), trained(dropped((5, 6)), 60.0), trained(dropped((3, 5)), 40.0),
+        trained(dropped((5, 6), "untrained"), 20.0), trained(dropped((1, 2)), 10.0),
+    ])  # fmt: skip
+    frame = strategy_frame(quality, SETS)
+    shown = {(row.strategy, row.variant): (row.score, row.retained) for row in frame.itertuples()}
+    assert shown == {("top", "K=2"): (60, 75), ("odd", "K=2"): (40, 50), ("contribution", "K=2"): (60, 75)}
+    untrained = strategy_frame(quality, SETS, "untrained")
+    assert untrained["strategy"].tolist() == ["top", "contribution"] and set(untrained["score"]) == {20}
+
+
+def test_summaries_have_mean_interval_and_count():
+    frame = pd.DataFrame({"task": ["a", "a", "a", "b"], "score": [1.0, 2.0, 6.0, 5.0]})
+    first, second = summarise(frame, ["task"], "score").to_dict("records")
+    assert (first["task"], first["score"], first["n"]) == ("a", 3.0, 3) and 1 <= first["low"] < 3 < first["high"] <= 6
+    assert (second["score"], second["n"]) == (5.0, 1) and np.isnan(second["low"])
+    assert summarise(frame.iloc[:0], ["task"], "score").columns.tolist() == ["task", "score", "low", "high", "n"]
+
+
+def test_speed_frames_join_rows_with_their_conditions():
+    models = {"dense": LatencyModel(architecture="tiny"), "half": LatencyModel(architecture="tiny", drop=(3, 4))}
+    spec = LatencySpec(models=models, dense="dense", engines=("e",), batch=4, length=16, threads=2, rounds=3)
+    row = {"name": "half/e", "model": "half", "engine": "e", "median_ms": 2.0, "size_bytes": 70}
+    timed = record(spec, rows=[row], models={"half": {"layers": 2, "size_bytes": 90}},
+                   agreement={"half/e": {"relative_diff": 1e-6}})  # fmt: skip
+    (found,) = latency_frame([timed, trained(dense(), 1.0)]).to_dict("records")
+    assert found["cpu"] == "Toy CPU" and found["layers"] == 2 and found["file_bytes"] == 70
+    assert found["agreement"] == 1e-6 and found["median_ms"] == 2.0
+    speed = TrainingSpeedSpec(models=models, dense="dense", batch=4, length=16, threads=2, rounds=3, bf16=True)
+    (found,) = training_speed_frame([record(speed, rows=[{"name": "half"}]), timed]).to_dict("records")
+    assert found["precision"] == "bf16" and (found["batch"], found["length"], found["threads"]) == (4, 16, 2)
+    assert latency_frame([]).empty and training_speed_frame([]).empty
+
+
+def test_published_shares_are_of_the_same_tables_dense_score():
+    frame = published_retained("sajjad2020", 12, place="v1 Table 1", model="BERT-base", task="sst2")
+    assert frame[frame["K"] == 0]["retained"].item() == pytest.approx(100)
+    six = frame[(frame["K"] == 6) & (frame["method"] == "top")].iloc[0]
+    assert six["dropped_share"] == 0.5 and six["retained"] == pytest.approx(100 * six["score"] / 92.43)
+
+
+# The published values that the verdicts compare with: 1.94 times, 50 % saved.
+
+
+def speed(ratio: float) -> pd.DataFrame:
+    row = {"dropped (%)": 50.0, "precision": "fp32", "cpu": "Toy CPU", "batch": 4, "length": 16, "n": 3,
+           "ratio_to_dense": ratio, "ratio_q1": ratio - 0.1, "ratio_q3": ratio + 0.1}  # fmt: skip
+    other = {"dropped (%)": 0.0, "ratio_to_dense": 9.0}, {"precision": "bf16", "ratio_to_dense": 9.0}
+    return pd.DataFrame([*(row | change for change in other), row])
+
+
+def inference(*saved: float) -> pd.DataFrame:
+    base = {"dropped (%)": 50.0, "batch": 32, "length": 128, "threads": 2, "cpu": "Toy CPU"}
+    rows = [base | {"engine": f"e{i}", "time saved (%)": value} for i, value in enumerate(saved)]
+    return pd.DataFrame([*rows, base | {"batch": 1, "engine": "e0", "time saved (%)": 0.0}])
+
+
+def quality(scores: dict[tuple[str, tuple[int, ...]], float]) -> pd.DataFrame:
+    """Two tasks and two seeds with a dense score of 80, and the given score for (procedure, layers)."""
+    runs = []
+    for task in TASKS:
+        for seed in (0, 1):
+            runs.append(trained(dense(task, seed), 80.0))
+            runs += [trained(dropped(drop, kind, task, seed), score + seed) for (kind, drop), score in scores.items()]
+    return quality_frame(runs)
+
+
+HALVES = {task: {("top", "K=3"): (4, 5, 6), ("bottom", "K=3"): (1, 2, 3)} for task in TASKS}
+
+
+def verdicts(top: float = 79.0, bottom: float = 60.0, after: float = 79.0, iterative: float = 79.0,
+             ratio: float = 1.9, saved: tuple[float, ...] = (50.0, 48.0)) -> pd.DataFrame:  # fmt: skip
+    frame = quality({
+        ("before", (4, 5, 6)): top, ("before", (1, 2, 3)): bottom, ("after", (4, 5, 6)): after,
+        ("iterative", (4, 5, 6)): iterative,
+    })  # fmt: skip
+    orders = pd.concat([strategy_frame(frame, HALVES, kind) for kind in ("before", "after", "iterative")])
+    found = claims.poor_mans_bert(
+        LAYERS, strategy_frame(frame, HALVES), orders[orders["strategy"] == "top"], speed(ratio), inference(*saved)
+    )
+    return found.set_index("claim")
+
+
+CLAIMS = {
+    "Half the layers fine-tune almost twice as fast": {"ratio": 1.6},
+    "Half the layers halve the inference time": {"saved": (50.0, 30.0)},
+    "Half of the layers, dropped from the top, keep nearly all of the score": {"top": 70.0, "bottom": 50.0},
+    "Dropping from the top is the best or near-best strategy": {"bottom": 83.0},
+    "Dropping from the fine-tuned model and fine-tuning again is comparable": {"after": 70.0},
+    "Dropping one layer at a time gains nothing": {"iterative": 84.0},
+}
+
+
+def test_every_claim_holds_on_numbers_like_the_papers():
+    found = verdicts()
+    assert set(CLAIMS) < set(found.index) and len(found) == 7
+    assert set(found["verdict"]) == {"holds"} and (found["evidence"] != "").all()
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_verdict_flips_with_its_numbers_and_no_other_does(claim):
+    changed = verdicts(**CLAIMS[claim])
+    flipped = set(changed.index[changed["verdict"] == "does not hold here"])
+    assert claim in flipped
+    related = {
+        "Half of the layers, dropped from the top, keep nearly all of the score",
+        "Dropping from the fine-tuned model and fine-tuning again is comparable",
+        "Dropping one layer at a time gains nothing",
+    }
+    assert flipped == {claim} or flipped <= related  # a worse "before" makes the other orders better than it
+    assert changed.loc[claim, "ours"] != verdicts().loc[claim, "ours"]
+
+
+def test_a_worse_order_is_no_gain_and_a_better_one_is_not_comparable():
+    order = "Dropping one layer at a time gains nothing"
+    assert verdicts(iterative=60.0).loc[order, "verdict"] == "holds"
+    comparable = "Dropping from the fine-tuned model and fine-tuning again is comparable"
+    assert verdicts(after=90.0).loc[comparable, "verdict"] == "does not hold here"
+
+
+def test_what_the_rows_say():
+    found = verdicts()
+    size = found.loc["BERT-base without six layers is 40 % smaller"]
+    assert (size["published"], size["ours"]) == ("66 M", "66.96 M")
+    assert found.loc["Half the layers fine-tune almost twice as fast", "ours"] == "1.90 × (1.80–2.00)"
+    halved = found.loc["Half the layers halve the inference time"]
+    assert halved["ours"] == "48 to 50 % saved" and halved["evidence"].startswith("2 engines on Toy CPU, batch 32")
+    kept = found.loc["Half of the layers, dropped from the top, keep nearly all of the score"]
+    assert kept["ours"] == f"{100 * 79.5 / 80:.1f} %" and "2 tasks, 2 seeds each" in kept["evidence"]
+    assert found.loc["Dropping from the top is the best or near-best strategy", "ours"] == "1 of 2"
+    order = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
+    assert order["ours"] == "+0.0 points (+0.0 to +0.0)" and "paired over 4" in order["evidence"]
+
+
+def test_without_runs_everything_but_the_size_is_not_run_yet():
+    frame = quality({})
+    curves = strategy_frame(frame, HALVES)
+    assert curves.empty
+    for orders in (curves, strategy_frame(frame, {})):
+        found = claims.poor_mans_bert(LAYERS, curves, orders, training_speed_frame([]), latency_frame([]))
+        assert found["ours"].tolist()[1:] == [claims.NOT_RUN] * 6
+        assert found["verdict"].tolist() == ["holds"] + ["not testable here"] * 6
+
+
+def test_a_strategy_that_lacks_runs_is_compared_on_the_shared_ones():
+    frame = quality({("before", (4, 5, 6)): 70.0, ("before", (1, 2, 3)): 60.0})
+    lonely = frame[(frame["task"] == "cola") & (frame["drop"] == (1, 2, 3))].index
+    curves = strategy_frame(frame.drop(lonely), HALVES)
+    empty = training_speed_frame([])
+    found = claims.poor_mans_bert(LAYERS, curves, curves, empty, empty).set_index("claim")
+    row = found.loc["Dropping from the top is the best or near-best strategy"]
+    assert row["ours"] == "1 of 2" and "1 tasks, 2 seeds each" in row["evidence"]
