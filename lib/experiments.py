@@ -69,6 +69,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     task = _language_understanding(spec.task)
     settings = spec.training
     data = _task_data(spec, profile)
+    checkpoints = profile.results / "checkpoints" / spec_hash(spec)
     model, tokenizer = _initial(spec, profile)
     compressor = make_compressor(spec.compressor) if spec.compressor else Compressor(None)
     compressor.attach(model)
@@ -77,8 +78,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
         distiller = _distiller(spec, profile, model)
         outcome = fine_tune(
             model, tokenizer, _features(spec, profile, "train"), settings, spec.seed,
-            profile.results / "checkpoints" / spec_hash(spec),
-            compressor, distiller, label(spec), profile.training.checkpoint_minutes,
+            checkpoints, compressor, distiller, label(spec), profile.training.checkpoint_minutes,
         )  # fmt: skip
         result["training"] = outcome.model_dump(mode="json")
     model = compressor.finalize(model)
@@ -90,6 +90,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     result["compression"] = compressor.summary()
     if keep_weights or spec.compressor is None:
         _keep(model, tokenizer, weights_folder(profile, spec))
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return result
 
 

@@ -60,8 +60,9 @@ def stock_comparison(profile: Profile) -> StockComparisonSpec:
     task = next((name for name in profile.tasks if get_task(name).kind == "qa"), next(iter(profile.tasks)))
     settings = profile.tasks[task]
     return StockComparisonSpec(
-        encoder=profile.encoder, task=task, data=data_source(profile, task), batch=32, rounds=min(3, profile.latency.rounds),
-        examples=profile.latency.comparison_examples, max_length=settings.max_length, threads=profile.latency.threads,
+        encoder=profile.encoder, task=task, data=data_source(profile, task), batch=32,
+        rounds=min(3, profile.latency.rounds), examples=profile.latency.comparison_examples,
+        max_length=settings.max_length, threads=profile.latency.threads,
     )  # fmt: skip
 
 

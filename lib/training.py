@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -224,7 +223,7 @@ def fine_tune(
 
     Args:
         features: from ``encode``.
-        folder: for checkpoints; removed when training has finished.
+        folder: for checkpoints; the caller removes it once what it makes of the model is safe.
         compressor: already attached to ``model``.
         checkpoint_minutes: minutes between checkpoints.
 
@@ -262,7 +261,6 @@ def fine_tune(
     trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     seconds = callback.seconds
     callback.reporter.close()
-    shutil.rmtree(folder, ignore_errors=True)
     history = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingOutcome(
         seconds=seconds, steps=steps, examples=steps * settings.batch_size,

@@ -384,7 +384,23 @@ def test_two_processes_that_want_the_same_run_make_it_once(tmp_path, profile_fil
     assert read_record(only)["compression"]["dropped_layers"] == [2]
 
 
-def test_a_user_compressor_and_a_distilled_run_end_to_end(profile):
+def test_stopping_while_a_model_is_evaluated_does_not_lose_its_training(profile_file, monkeypatch):
+    profile = load_profile(profile_file(**{"training.checkpoint_minutes": 1e-9}))
+    spec = dense_spec(profile, "world_sentiment", 0)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "evaluate_model", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ensure([spec], profile)
+    (record,) = ensure([spec], profile)
+    assert record["training"]["resumed"] == record["training"]["steps"] - 1 == 3
+    assert list((profile.results / "checkpoints").iterdir()) == []
+
+
+def test_a_distilled_run_end_to_end(profile):
     """The real thing once: a teacher is trained, kept, and used by the student; sizes and scores are recorded."""
     spec = dropped_and_distilled(profile, "world_sentiment", 0, (2, 3))
     teacher = dense_spec(profile, "world_sentiment", 0)

@@ -1,5 +1,6 @@
 """The training loop: same seed, same result; a stopped run ends as an undisturbed one; the compressor's contract."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,16 +80,15 @@ def test_sampler_puts_similar_lengths_into_a_batch():
 def test_the_same_seed_gives_the_same_weights_and_metrics_and_another_does_not(data, features, tokenizer, tmp_path):
     validation = encode(TASK, data["validation"], tokenizer, SETTINGS, training=False)
     results, states, losses = [], [], []
-    for seed in (3, 3, 4):
+    for turn, seed in enumerate((3, 3, 4)):
         torch.manual_seed(len(results))  # what happened before plays no part
         student = model()
-        outcome = train(student, tokenizer, features, tmp_path / "run", seed=seed)
+        outcome = train(student, tokenizer, features, tmp_path / str(turn), seed=seed)
         results.append(evaluate_model(student, tokenizer, TASK, data["validation"], validation, SETTINGS))
         states.append(weights(student))
         losses.append(outcome.loss)
         assert outcome.steps == 12 and outcome.resumed == 0 and outcome.precision == "fp32"
         assert outcome.examples == 96 and outcome.tokens == 2 * sum(features["length"])
-        assert not (tmp_path / "run").exists()
     assert results[0] == results[1] and losses[0] == losses[1] and same(states[0], states[1])
     assert losses[0] != losses[2] and not same(states[0], states[2])
 
@@ -124,7 +124,16 @@ def test_a_resumed_run_ends_with_the_weights_of_an_undisturbed_one(features, tok
     assert outcome.resumed == stops[-1]
     assert same(weights(resumed), weights(undisturbed))
     assert outcome.loss == expected.loss and outcome.steps == expected.steps == 12
-    assert not (tmp_path / "run").exists()
+
+
+def test_seconds_of_earlier_sittings_are_counted(features, tokenizer, tmp_path):
+    with pytest.raises(Stop):
+        train(model(), tokenizer, features, tmp_path, compressor=Stopping(2), checkpoint_minutes=EVERY_STEP)
+    path, state = last_checkpoint(tmp_path)
+    state["stateful_callbacks"]["StudyCallback"]["attributes"]["seconds"] = 5000.0
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    outcome = train(model(), tokenizer, features, tmp_path, compressor=Stopping(None))
+    assert outcome.resumed == 2 and outcome.seconds > 5000
 
 
 class StoppingDropper(LayerDropping):
