@@ -103,7 +103,7 @@ def training_steps(models: dict[str, dict[str, Any]], dense: str, batch: int, le
 
     Returns:
         ``rows``: name, median_ms, q1_ms, q3_ms, examples_per_s, ratio_to_dense (above 1 is faster; median and
-        quartiles over rounds), peak_memory_bytes.
+        quartiles over rounds), peak_memory_bytes (fp32 only, the papers' precision).
 
     Raises:
         StudyError: ``dense`` is not among the models.
@@ -126,7 +126,7 @@ def training_steps(models: dict[str, dict[str, Any]], dense: str, batch: int, le
     for name, model in models.items():
         q1, median, q3 = np.percentile(times[name], (25, 50, 75)) * 1e3
         ratio_q1, ratio, ratio_q3 = np.percentile(np.divide(times[dense], times[name]), (25, 50, 75))
-        memory = peak_memory(one_step, device().type, **model, **common)
+        memory = None if bf16 else peak_memory(one_step, device().type, **model, **common)
         rows.append({
             "name": name, "median_ms": median, "q1_ms": q1, "q3_ms": q3, "n": rounds,
             "examples_per_s": 1e3 * batch / median, "ratio_to_dense": ratio, "ratio_q1": ratio_q1, "ratio_q3": ratio_q3,
