@@ -125,15 +125,17 @@ def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
 
 
 def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
+    printed = "comparable" if procedure == "after" else "no gain"
     both = orders[orders["procedure"].isin(["before", procedure])]
     if both["procedure"].nunique() < 2:
-        return verdict(claim, "quality", "within a point", NOT_RUN, None, "")
+        return verdict(claim, "quality", printed, NOT_RUN, None, "")
     pairs = both.pivot_table(index=["k", "task", "seed"], columns="procedure", values="retained").dropna()
     gain = bootstrap_interval(pairs[procedure] - pairs["before"])
-    ours = f"{gain.mean:+.1f} points ({gain.low:+.1f} to {gain.high:+.1f})"
+    interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ", a single pair"
+    ours = f"{gain.mean:+.1f} points{interval}"
     gained = abs(gain.mean) if procedure == "after" else gain.mean
     evidence = f"retained share, paired over {len(pairs)} (K, task, seed); 95 % bootstrap interval"
-    return verdict(claim, "quality", "within a point or so", ours, bool(gained <= QUALITY_TOLERANCE), evidence)
+    return verdict(claim, "quality", printed, ours, bool(gained <= QUALITY_TOLERANCE), evidence)
 
 
 def _seeds(frame: pd.DataFrame) -> str:
