@@ -157,6 +157,8 @@ def test_ctrl_c_while_installing(checkout):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell that started the tests in the background made every child ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = checkout / ".venv" / "install.log"
     limit = time.monotonic() + 120
