@@ -6,7 +6,7 @@ profile file. An unknown key, a wrong type or an impossible value is one line na
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
@@ -89,6 +89,7 @@ class Profile(Strict):
     tasks: dict[str, TaskSettings] = Field(min_length=1)
     latency: LatencySettings
     layer_dropping: "LayerDroppingSettings"
+    structured_pruning: "StructuredPruningSettings"
 
     def task_seeds(self, task: str) -> tuple[int, ...]:
         """The seeds that ``task`` runs with under this profile."""
@@ -98,15 +99,43 @@ class Profile(Strict):
 class LayerDroppingSettings(Strict):
     """The grid of notebook 05. ``k`` lists how many layers to drop; ``None`` means every K the encoder allows.
 
-    ``grid_tasks`` get every strategy and K; the profile's other tasks only half of the layers dropped from the top.
+    ``grid_tasks`` get every strategy and K, ``half_tasks`` only half of the layers dropped from the top.
     """
 
     k: tuple[PositiveInt, ...] | None
     strategies: tuple[Literal["top", "bottom", "odd", "even", "symmetric", "contribution"], ...] = Field(min_length=1)
     thresholds: tuple[float, ...]
     grid_tasks: tuple[str, ...]
+    half_tasks: tuple[str, ...]
     ablation_k: tuple[PositiveInt, ...] = Field(min_length=1)
     ablation_tasks: tuple[str, ...]
+
+
+Density = Annotated[float, Field(gt=0, le=1)]
+
+
+class StructuredPruningSettings(Strict):
+    """The runs of notebook 02. Densities are shares kept; a point is (heads, units).
+
+    The first task of ``tasks`` gets every selection and density, the others the operating points. Speed is measured at
+    ``speed_shape`` with ``speed_length`` tokens.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    head_densities: tuple[Density, ...]
+    unit_densities: tuple[Density, ...]
+    operating_points: tuple[tuple[Density, Density], ...]
+    embedding_densities: tuple[Density, ...]
+    gate_epochs: PositiveFloat
+    gate_batch_size: PositiveInt
+    retrain_epochs: PositiveFloat
+    retrain_learning_rate: PositiveFloat
+    gain_examples: PositiveInt
+    leave_one_out_examples: PositiveInt
+    speed_shape: Literal["tiny", "base", "large"]
+    speed_points: tuple[tuple[Density, Density], ...]
+    speed_batches: tuple[PositiveInt, ...]
+    speed_length: PositiveInt
 
 
 def load_profile(profile: str | Path, **overrides: Any) -> Profile:

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import benchmark, engines, training_speed
+from lib import benchmark, engines, importance, training_speed
 from lib.agreement import check_agreement, random_batch
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.layer_dropping import layer_contributions
@@ -22,8 +22,10 @@ from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
 from lib.progress import say
+from lib.runs import obtain
 from lib.specs import (
     ContributionSpec,
+    ImportanceSpec,
     LatencyModel,
     LatencySpec,
     Spec,
@@ -33,7 +35,7 @@ from lib.specs import (
     label,
     spec_hash,
 )
-from lib.surgery import drop_layers, load_compressed, save_compressed
+from lib.surgery import cut, drop_layers, load_compressed, save_compressed
 from lib.training import TrainingSettings, encode, evaluate_model, fine_tune
 
 
@@ -41,6 +43,8 @@ def execute(spec: Spec, profile: Profile) -> dict[str, Any]:
     """Carry out a spec of any kind."""
     if isinstance(spec, TrainSpec):
         return run_training(spec, profile)
+    if isinstance(spec, ImportanceSpec):
+        return run_importance(spec, profile)
     if isinstance(spec, ContributionSpec):
         return run_contribution(spec, profile)
     if isinstance(spec, LatencySpec):
@@ -71,7 +75,8 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     data = _task_data(spec, profile)
     checkpoints = profile.results / "checkpoints" / spec_hash(spec)
     model, tokenizer = _initial(spec, profile)
-    compressor = make_compressor(spec.compressor) if spec.compressor else Compressor(None)
+    informed = [obtain(profile, other).result for other in spec.informed_by]
+    compressor = make_compressor(spec.compressor, informed) if spec.compressor else Compressor(None)
     compressor.attach(model)
     result: dict[str, Any] = {"train_examples": len(data["train"]), "eval_examples": len(data["validation"])}
     if settings.epochs:
@@ -173,6 +178,21 @@ def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def run_importance(spec: ImportanceSpec, profile: Profile) -> dict[str, Any]:
+    """Scores of the gates of a finished model, ``{"heads": per layer, ...}``; higher is more important."""
+    task, start = _language_understanding(spec.task), spec.start
+    model, tokenizer = finished_model(profile, start)
+    model.set_attn_implementation(start.training.attention)
+    settings = start.training
+    split = "train" if spec.method == "gain" else "validation"
+    data = _task_data(start, profile)[split]
+    data = data.shuffle(seed=0).select(range(min(spec.examples, len(data))))
+    features = encode(task, data, tokenizer, settings, training=spec.method == "gain")
+    if spec.method == "gain":
+        return importance.gain(model, tokenizer, features, settings.precision, label(spec))
+    return importance.leave_one_out(model, tokenizer, task, data, features, settings, label(spec))
+
+
 def run_contribution(spec: ContributionSpec, profile: Profile) -> dict[str, Any]:
     """Similarity of every layer's input and output, (n_layers,), on the first examples of the validation split."""
     task = _language_understanding(spec.task)
@@ -203,6 +223,8 @@ def build(model: LatencyModel) -> PreTrainedModel:
     """A model to time, with random weights: latency does not depend on their values."""
     built = random_model(model.architecture, model.head)
     drop_layers(built, model.drop)
+    if model.shapes:
+        cut(built, [range(heads) for heads, _ in model.shapes], [range(units) for _, units in model.shapes])
     return built
 
 

@@ -149,6 +149,13 @@ def ensure(
     return Records((found[key] for key in unique if key in found), missing)
 
 
+def obtain(profile: Profile, spec: Spec) -> Record:
+    """The record of one spec, computed when it is missing: for a run that needs another's result."""
+    from lib.experiments import execute
+
+    return cached(profile, spec) or _compute(profile, spec, execute, refresh=False)
+
+
 def _note_other_code(records: Iterable[Record]) -> None:
     code = environment.code_digest()
     other = [record for record in records if record.code != code]

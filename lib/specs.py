@@ -21,7 +21,8 @@ class TrainSpec(Strict):
     """Fine-tune an encoder on a task, compress it on the way, and measure its quality.
 
     ``start`` is the finished run whose weights to begin with (None: the pre-trained encoder), ``teacher`` the one to
-    distil from. No compressor is the dense baseline; ``training.epochs`` 0 only compresses and measures.
+    distil from, ``informed_by`` the runs whose results the compressor decides by. No compressor is the dense baseline;
+    ``training.epochs`` 0 only compresses and measures.
     """
 
     kind: Literal["train"] = "train"
@@ -34,6 +35,22 @@ class TrainSpec(Strict):
     start: "TrainSpec | None" = None
     distillation: Distillation | None = None
     teacher: "TrainSpec | None" = None
+    informed_by: "tuple[TrainSpec | ImportanceSpec, ...]" = ()
+
+
+class ImportanceSpec(Strict):
+    """How much a fine-tuned model needs each of its heads and FFN units (McCarley et al. 2019, section 3).
+
+    ``gain`` is the mean over training examples of |dL/d gate|; ``leave_one_out`` (heads alone) the score lost on
+    validation examples when one gate is closed.
+    """
+
+    kind: Literal["importance"] = "importance"
+    task: str
+    data: DataSource
+    start: TrainSpec
+    method: Literal["gain", "leave_one_out"]
+    examples: int = Field(ge=1)
 
 
 class ContributionSpec(Strict):
@@ -52,10 +69,14 @@ class ContributionSpec(Strict):
 
 
 class LatencyModel(Strict):
-    """A model to time: a named architecture with random weights or an encoder, with layers dropped."""
+    """A model to time: a named architecture with random weights or an encoder, with layers dropped.
+
+    ``shapes`` gives the (heads, FFN units) that each remaining layer keeps; empty means all of them.
+    """
 
     architecture: str
     drop: tuple[int, ...] = ()
+    shapes: tuple[tuple[int, int], ...] = ()
     head: Literal["qa", "classification"] = "qa"
 
 
@@ -103,7 +124,7 @@ class StockComparisonSpec(Strict):
     threads: int = Field(ge=1)
 
 
-Spec = TrainSpec | ContributionSpec | LatencySpec | TrainingSpeedSpec | StockComparisonSpec
+Spec = TrainSpec | ImportanceSpec | ContributionSpec | LatencySpec | TrainingSpeedSpec | StockComparisonSpec
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 
 
@@ -131,9 +152,13 @@ def label(spec: Spec) -> str:
     """A short human name, used in file names and progress lines."""
     if isinstance(spec, TrainSpec):
         parts = [spec.task, spec.compressor.name.rpartition(":")[2] if spec.compressor else "dense"]
-        if spec.compressor and "drop" in spec.compressor.settings:
-            parts.append("-".join(map(str, spec.compressor.settings["drop"])))
+        settings = spec.compressor.settings if spec.compressor else {}
+        if "drop" in settings:
+            parts.append("-".join(map(str, settings["drop"])))
+        parts += [f"{kind}{density:g}" for kind, density in settings.get("densities", {}).items()]
         return "_".join([*parts, f"seed{spec.seed}"])
+    if isinstance(spec, ImportanceSpec):
+        return f"{spec.task}_{spec.method}_seed{spec.start.seed}"
     if isinstance(spec, ContributionSpec | StockComparisonSpec):
         return spec.task
     return f"{spec.dense}_batch{spec.batch}_length{spec.length}"

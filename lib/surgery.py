@@ -8,25 +8,27 @@ about missing files, or with ``ignore_mismatched_sizes`` silently re-initialise 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from lib.config import StudyError
+from lib.gates import head_size
 from lib.models import COMPRESSION_FILE as SHAPES
-from lib.models import layer_parts, layers, remove_layers
+from lib.models import layer_count, layer_parts, layers, remove_layers
 
 WEIGHTS = "compressed.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,6 +48,75 @@ def drop_layers(model: PreTrainedModel, numbers: Iterable[int]) -> list[nn.Modul
     removed = [layer for number, layer in enumerate(stack, start=1) if number in unwanted]
     remove_layers(model, removed)
     return removed
+
+
+@torch.no_grad()
+def cut(model: PreTrainedModel, heads: Sequence[Sequence[int]] | None = None,
+        units: Sequence[Sequence[int]] | None = None) -> None:  # fmt: skip
+    """Keep only some heads and FFN units, in place: every matrix loses the rows and columns of the others.
+
+    What is removed must have no influence any more (its gate is 0), or the function changes. A layer may lose all of
+    its heads or units: its attention or FFN then adds its output bias alone.
+
+    Args:
+        heads: per layer, the indices (from 0) of the heads that stay; None keeps all.
+        units: per layer, the indices of the FFN units that stay; None keeps all.
+
+    Raises:
+        StudyError: an index that does not exist, or not one list per layer.
+    """
+    stack, size = layers(model), head_size(model)
+    for kind, kept in (("heads", heads), ("units", units)):
+        if kept is not None and len(kept) != len(stack):
+            raise StudyError(f"cut: {kind} are given for {len(kept)} layers, the model has {len(stack)}")
+    for number, layer in enumerate(stack):
+        parts = layer_parts(layer)
+        if heads is not None:
+            inner = _columns(heads[number], parts.value.out_features // size, size, f"layer {number + 1}, heads")
+            for linear in (parts.query, parts.key, parts.value):
+                _keep(linear, rows=inner)
+            _keep(parts.attention_output, columns=inner)
+        if units is not None:
+            inner = _columns(units[number], parts.ffn_in.out_features, 1, f"layer {number + 1}, units")
+            _keep(parts.ffn_in, rows=inner)
+            _keep(parts.ffn_out, columns=inner)
+
+
+def even_shapes(config: PreTrainedConfig, head_density: float, unit_density: float) -> tuple[tuple[int, int], ...]:
+    """(heads, units) of every layer when a density of each is kept and spread evenly over the layers.
+
+    The totals are round(density * all), so a published percentage of the whole model is met to a head or unit.
+    """
+    n = layer_count(config)
+
+    def spread(total: int) -> list[int]:
+        return [(i + 1) * total // n - i * total // n for i in range(n)]
+
+    heads = spread(round(head_density * n * config.num_attention_heads))
+    units = spread(round(unit_density * n * config.intermediate_size))
+    return tuple(zip(heads, units, strict=True))
+
+
+def _columns(kept: Sequence[int], total: int, size: int, where: str) -> Tensor:
+    """Indices of the features that belong to the kept heads or units, ascending."""
+    wrong = [index for index in kept if not 0 <= index < total]
+    if wrong:
+        raise StudyError(f"cut: {where}: found {wrong[0]}, expected 0 to {total - 1}")
+    starts = torch.tensor(sorted(set(kept)), dtype=torch.long)
+    return (starts[:, None] * size + torch.arange(size)).flatten()
+
+
+def _keep(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Slice a linear map in place."""
+    weight = linear.weight
+    if rows is not None:
+        weight = weight[rows.to(weight.device)]
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(linear.bias[rows.to(weight.device)].clone())
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)]
+    linear.weight = nn.Parameter(weight.clone())
+    linear.out_features, linear.in_features = weight.shape
 
 
 def forget_parameters(optimizer: Any, gone: Iterable[nn.Parameter]) -> None:

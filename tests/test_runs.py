@@ -15,7 +15,7 @@ from lib import experiments, files, runs
 from lib.compressors import CompressorSpec
 from lib.config import ROOT, Profile, StudyError, load_profile
 from lib.distillation import Distillation
-from lib.plans import dropped_after, dropped_and_distilled, dropped_before
+from lib.plans.poor_mans_bert import dropped_after, dropped_and_distilled, dropped_before
 from lib.runs import Record, Records, ensure, read_record, record_path
 from lib.specs import (
     ContributionSpec,

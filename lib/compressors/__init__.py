@@ -1,17 +1,21 @@
 """The compressors by name. A name with a colon, ``package.module:Class``, is a user's own."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from lib.compressors.base import Compressor
 from lib.compressors.layer_dropping import LayerDropping
+from lib.compressors.structured import L0Gates, StructuredPruning
 from lib.config import Strict, StudyError
 
-COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (LayerDropping,)}
+COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (LayerDropping, L0Gates, StructuredPruning)}
 
-__all__ = ["COMPRESSORS", "Compressor", "CompressorSpec", "LayerDropping", "make_compressor"]
+__all__ = [
+    "COMPRESSORS", "Compressor", "CompressorSpec", "L0Gates", "LayerDropping", "StructuredPruning", "make_compressor",
+]  # fmt: skip
 
 
 class CompressorSpec(Strict):
@@ -21,8 +25,8 @@ class CompressorSpec(Strict):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
-def make_compressor(spec: CompressorSpec) -> Compressor:
-    """Build the compressor that a spec names.
+def make_compressor(spec: CompressorSpec, informed: Sequence[dict[str, Any]] = ()) -> Compressor:
+    """Build the compressor that a spec names, with the results that it is informed by.
 
     Raises:
         StudyError: unknown name, or settings that the method does not have or allow.
@@ -38,7 +42,7 @@ def make_compressor(spec: CompressorSpec) -> Compressor:
     else:
         raise StudyError(f"unknown compressor '{spec.name}'; known: {', '.join(COMPRESSORS)}, or 'module:Class'")
     try:
-        return cls(cls.Settings.model_validate(spec.settings))
+        return cls(cls.Settings.model_validate(spec.settings), informed)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

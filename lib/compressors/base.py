@@ -4,6 +4,7 @@
 resume. A run without a compressor is the dense baseline.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -23,8 +24,9 @@ class Compressor:
 
     name: ClassVar[str] = "none"
 
-    def __init__(self, settings: Any) -> None:
-        self.settings = settings
+    def __init__(self, settings: Any, informed: Sequence[dict[str, Any]] = ()) -> None:
+        """``informed`` holds the results of the runs that the spec is ``informed_by``, in its order."""
+        self.settings, self.informed = settings, informed
 
     def attach(self, model: PreTrainedModel) -> None:
         """Put gates, scores, masks or factorised layers into ``model``, in place, before training."""

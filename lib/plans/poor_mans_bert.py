@@ -1,69 +1,25 @@
-"""Which runs a notebook asks for, in the order in which they are worth computing when time is short.
+"""The runs of notebook 05: dropping layers before, during and after fine-tuning (Sajjad et al. 2020)."""
 
-A plan is a list of specs; asking for the same spec in two notebooks costs nothing, the record is shared.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lib.compressors import CompressorSpec
 from lib.compressors.layer_dropping import above_threshold, layers_to_drop, possible
 from lib.config import Profile, StudyError
-from lib.data import get_task
 from lib.distillation import Distillation
 from lib.models import layer_count, load_config
+from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
 from lib.runs import Record, ensure
 from lib.specs import (
     ContributionSpec,
     LatencyModel,
     LatencySpec,
     Spec,
-    StockComparisonSpec,
     TrainingSpeedSpec,
     TrainSpec,
     data_source,
     dense_spec,
     training_settings,
 )
-
-# The published model families whose layers Sajjad et al. 2020 dropped, by the names their tables use.
-SPEED_ARCHITECTURES = {"tiny": "tiny", "base": "bert-base-uncased", "large": "bert-large-uncased"}
-
-
-def encoder_layers(profile: Profile) -> int:
-    """How many layers the profile's encoder has."""
-    return layer_count(load_config(profile.encoder))
-
-
-def dense(profile: Profile) -> list[Spec]:
-    """Dense baselines of every task and seed, first seeds first."""
-    order = [(seed, task) for seed in profile.seeds for task in profile.tasks if seed in profile.task_seeds(task)]
-    return [dense_spec(profile, task, seed) for seed, task in order if get_task(task).kind != "translation"]
-
-
-def engine_latency(profile: Profile) -> list[Spec]:
-    """Every engine on the dense encoder and on the dense published-size BERT, at every batch and length."""
-    base = SPEED_ARCHITECTURES[profile.latency.base_shape]
-    encoder = {"minilm": "minilm", "tiny-bert": "tiny"}.get(profile.encoder, base)
-    return [
-        LatencySpec(
-            models={name: LatencyModel(architecture=name)}, dense=name, engines=profile.latency.engines, batch=batch,
-            length=length, threads=profile.latency.threads, rounds=profile.latency.rounds,
-        )
-        for name in dict.fromkeys((encoder, base))
-        for batch in profile.latency.batches
-        for length in profile.latency.lengths
-    ]  # fmt: skip
-
-
-def stock_comparison(profile: Profile) -> StockComparisonSpec:
-    """Our training loop against the stock Trainer on the profile's first QA task."""
-    task = next((name for name in profile.tasks if get_task(name).kind == "qa"), next(iter(profile.tasks)))
-    settings = profile.tasks[task]
-    return StockComparisonSpec(
-        encoder=profile.encoder, task=task, data=data_source(profile, task), batch=32,
-        rounds=min(3, profile.latency.rounds), examples=profile.latency.comparison_examples,
-        max_length=settings.max_length, threads=profile.latency.threads,
-    )  # fmt: skip
 
 
 def contributions(profile: Profile) -> list[Spec]:
@@ -74,7 +30,7 @@ def contributions(profile: Profile) -> list[Spec]:
             max_length=profile.tasks[task].max_length, examples=256,
         )
         for task in profile.tasks
-        if get_task(task).kind != "translation"
+        if task in (*profile.layer_dropping.grid_tasks, *profile.layer_dropping.half_tasks)
     ]  # fmt: skip
 
 
@@ -211,7 +167,7 @@ def halved_speed(profile: Profile) -> list[Spec]:
     return plan
 
 
-def _poor_mans_bert(profile: Profile, budget_minutes: float | None = None) -> list[Spec]:
+def poor_mans_bert(profile: Profile, budget_minutes: float | None = None) -> list[Spec]:
     """All of notebook 05; measures the layer contributions first, because the contribution strategy needs them.
 
     Tasks whose contributions the budget leaves out are left out here too.
@@ -224,18 +180,3 @@ def _poor_mans_bert(profile: Profile, budget_minutes: float | None = None) -> li
 def similarity_of(records: Sequence[Record]) -> dict[str, Sequence[float]]:
     """Per task, the layer contributions that records of ``contributions`` hold."""
     return {record.spec.task: record["similarity"] for record in records if isinstance(record.spec, ContributionSpec)}
-
-
-PLANS: dict[str, Callable[[Profile], list[Spec]]] = {
-    "dense": dense,
-    "engine_latency": engine_latency,
-    "stock_comparison": lambda profile: [stock_comparison(profile)],
-    "contributions": contributions,
-    "poor_mans_bert": _poor_mans_bert,
-    "halved_speed": halved_speed,
-}
-
-
-def make_plan(name: str, profile: Profile, budget_minutes: float | None) -> list[Spec]:
-    """The plan called ``name``; one that depends on measurements makes them, within the budget."""
-    return _poor_mans_bert(profile, budget_minutes) if name == "poor_mans_bert" else PLANS[name](profile)
