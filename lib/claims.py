@@ -16,12 +16,22 @@ from lib.published import published
 
 SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
+ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
 NOT_RUN = "not run yet"
 
 
-def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | None, evidence: str) -> dict[str, str]:
-    """One row. ``holds`` None means that the records at hand cannot tell."""
+def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | None, evidence: str,
+            seeds: int | None = None) -> dict[str, str]:  # fmt: skip
+    """One row of a table of verdicts.
+
+    Args:
+        check: "size", "speed", "quality" or "original setting".
+        holds: None means that the records at hand cannot tell.
+        seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
+    """
     word = {True: "holds", False: "does not hold here", None: "not testable here"}[holds]
+    if check == "quality" and holds is not None and seeds is not None and seeds < ENOUGH_SEEDS:
+        word = f"too few seeds to tell (n = {seeds})"
     return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
 
 
@@ -37,7 +47,7 @@ def poor_mans_bert(layers: int, curves: pd.DataFrame, orders: pd.DataFrame, trai
         inference: ``analysis.latency_frame`` with ``time saved (%)`` and ``dropped (%)``; may be empty.
     """
     sentences = curves["task"].map(lambda task: TASKS[task].kind != "qa").astype(bool)  # an empty map is text
-    glue = curves[sentences]
+    glue = curves[sentences].dropna(subset=["retained"])
     rows = [
         _size(),
         _fine_tuning(training),
@@ -98,13 +108,12 @@ def _retained(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     theirs = published_retained("sajjad2020", 12, place="v1 Table 1", model="BERT-base")
     printed = theirs[theirs["dropped_share"] == 0.5]["retained"].mean()
     ours = glue[(glue["strategy"] == "top") & (2 * glue["k"] == layers)]
-    if ours["retained"].count() == 0:
+    if ours.empty:
         return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
     mean = ours.groupby("task")["retained"].mean().mean()
     evidence = f"mean over {ours['task'].nunique()} tasks, {_seeds(ours)}; the paper's is over 7 GLUE tasks"
-    return verdict(
-        claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", bool(mean >= printed - QUALITY_TOLERANCE), evidence
-    )
+    holds = bool(mean >= printed - QUALITY_TOLERANCE)
+    return verdict(claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", holds, evidence, seeds_of(ours))
 
 
 def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
@@ -121,21 +130,28 @@ def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     compared = at_half[shared]
     evidence = f"retained share at half of the layers, {compared['task'].nunique()} tasks, {_seeds(compared)}"
     holds = bool(means["top"] >= means.iloc[0] - QUALITY_TOLERANCE)
-    return verdict(claim, "quality", "best at K = 6", ours, holds, evidence)
+    return verdict(claim, "quality", "best at K = 6", ours, holds, evidence, seeds_of(compared))
 
 
 def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     printed = "comparable" if procedure == "after" else "no gain"
     both = orders[orders["procedure"].isin(["before", procedure])]
-    if both["procedure"].nunique() < 2:
-        return verdict(claim, "quality", printed, NOT_RUN, None, "")
     pairs = both.pivot_table(index=["k", "task", "seed"], columns="procedure", values="retained").dropna()
+    if both["procedure"].nunique() < 2 or pairs.empty:
+        return verdict(claim, "quality", printed, NOT_RUN, None, "")
     gain = bootstrap_interval(pairs[procedure] - pairs["before"])
     interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ", a single pair"
     ours = f"{gain.mean:+.1f} points{interval}"
     gained = abs(gain.mean) if procedure == "after" else gain.mean
-    evidence = f"retained share, paired over {len(pairs)} (K, task, seed); 95 % bootstrap interval"
-    return verdict(claim, "quality", printed, ours, bool(gained <= QUALITY_TOLERANCE), evidence)
+    compared = pairs.reset_index()
+    evidence = f"retained share, paired over {len(pairs)} (K, task, seed), {_seeds(compared)}; 95 % bootstrap interval"
+    holds = bool(gained <= QUALITY_TOLERANCE)
+    return verdict(claim, "quality", printed, ours, holds, evidence, seeds_of(compared))
+
+
+def seeds_of(frame: pd.DataFrame) -> int:
+    """Seeds of the task that has most of them in ``frame`` (columns task, seed): what ``verdict`` asks for."""
+    return int(frame.groupby("task")["seed"].nunique().max()) if len(frame) else 0
 
 
 def _seeds(frame: pd.DataFrame) -> str:

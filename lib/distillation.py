@@ -54,7 +54,16 @@ def masked_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def matched_layers(student: int, teacher: int) -> list[int]:
-    """Index of the teacher layer that each student layer copies, last to last, equally spaced."""
+    """Index of the teacher layer that each student layer copies, last to last, equally spaced.
+
+    Raises:
+        StudyError: the teacher has fewer layers than the student.
+    """
+    if teacher < student:
+        raise StudyError(
+            f"distillation: the student's {student} layers cannot copy a teacher of {teacher}; "
+            "give a teacher with at least as many layers, or distil logits only"
+        )
     return [(i + 1) * teacher // student - 1 for i in range(student)]
 
 

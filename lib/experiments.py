@@ -22,7 +22,7 @@ from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
 from lib.progress import say
-from lib.runs import obtain
+from lib.runs import hold_lock, obtain
 from lib.specs import (
     ContributionSpec,
     ImportanceSpec,
@@ -61,10 +61,15 @@ def weights_folder(profile: Profile, spec: TrainSpec) -> Path:
 
 
 def finished_model(profile: Profile, spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a run ended with; trained again when only its record travelled, not its weights."""
+    """The model that a run ended with; trained again when only its record travelled, not its weights.
+
+    Two processes that miss the same weights train them once.
+    """
     folder = weights_folder(profile, spec)
     if not folder.is_dir():
-        run_training(spec, profile, keep_weights=True)
+        with hold_lock(profile, spec):
+            if not folder.is_dir():
+                run_training(spec, profile, keep_weights=True)
     return load_compressed(folder)
 
 
@@ -93,10 +98,17 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     )
     result["model"] = describe(model)
     result["compression"] = compressor.summary()
-    if keep_weights or spec.compressor is None:
+    if keep_weights or _worth_keeping(spec, profile):
         _keep(model, tokenizer, weights_folder(profile, spec))
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
+
+
+def _worth_keeping(spec: TrainSpec, profile: Profile) -> bool:
+    """Whether others need the weights: dense models, and one seed of every pruned model that was trained afterwards."""
+    if spec.compressor is None:
+        return True
+    return spec.compressor.name == "structured" and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
 
 
 def _language_understanding(name: str) -> Task:

@@ -39,6 +39,8 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "magnitude": (GREY, "<", "Magnitude"),
     # structured pruning for question answering
     "l0": (BLUE, "s", "$L_0$ gates"),
+    "l0-joint": (BLUE, "*", "$L_0$ gates, joint"),
+    "magnitude-iterative": (GREY, ">", "Magnitude, iterative"),
     "gain": (SKY, "^", "Gain"),
     "leave-one-out": (PURPLE, "v", "Leave one out"),
     "random": (GREY, "d", "Random"),

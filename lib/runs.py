@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,10 +54,6 @@ class Records(list[Record]):
     def __init__(self, records: Iterable[Record], missing: Sequence[Spec] = ()) -> None:
         super().__init__(records)
         self.missing = list(missing)
-
-    def by_spec(self) -> dict[str, Record]:
-        """Records keyed by their spec's hash."""
-        return {record.hash: record for record in self}
 
 
 def record_path(profile: Profile, spec: Spec) -> Path:
@@ -165,15 +162,23 @@ def _note_other_code(records: Iterable[Record]) -> None:
         print(f"  {len(other)} of them were made by earlier versions of lib/ ({shown}); refresh computes them again")
 
 
-def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], dict[str, Any]], refresh: bool) -> Record:
-    path = record_path(profile, spec)
+def hold_lock(profile: Profile, spec: Spec) -> AbstractContextManager[object]:
+    """``with hold_lock(…)``: no other process computes this run meanwhile; waits for one that does.
+
+    Raises:
+        StudyError: the lock cannot be made.
+    """
     lock = profile.results / "locks" / f"{spec_hash(spec)}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock).acquire()
+        return FileLock(lock).acquire()
     except OSError as error:
         raise cannot_write(lock, error) from None
-    with held:
+
+
+def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], dict[str, Any]], refresh: bool) -> Record:
+    path = record_path(profile, spec)
+    with hold_lock(profile, spec):
         if not refresh and (record := cached(profile, spec)):
             return record
         started = time.monotonic()

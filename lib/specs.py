@@ -156,7 +156,10 @@ def label(spec: Spec) -> str:
         if "drop" in settings:
             parts.append("-".join(map(str, settings["drop"])))
         parts += [f"{kind}{density:g}" for kind, density in settings.get("densities", {}).items()]
-        return "_".join([*parts, f"seed{spec.seed}"])
+        if spec.compressor and spec.compressor.name == "structured":
+            sources = [getattr(source, "method", "l0") for source in spec.informed_by[:1]]
+            parts += [settings.get("importance", ""), *sources, "trained" if spec.training.epochs else ""]
+        return "_".join([*filter(None, parts), f"seed{spec.seed}"])
     if isinstance(spec, ImportanceSpec):
         return f"{spec.task}_{spec.method}_seed{spec.start.seed}"
     if isinstance(spec, ContributionSpec | StockComparisonSpec):

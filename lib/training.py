@@ -44,6 +44,7 @@ from lib.distillation import Distiller
 from lib.environment import native_bf16
 from lib.models import base_model
 from lib.progress import Progress
+from lib.surgery import forget_parameters
 
 EVAL_BATCH = 64
 STATE_FILE = "trainer_state.json"
@@ -148,6 +149,7 @@ class StudyTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         for group in self.compressor.parameter_groups():
+            forget_parameters(optimizer, group["params"])  # what a compressor put into the model is listed already
             optimizer.add_param_group(group)
         return optimizer
 

@@ -15,12 +15,12 @@ from lib.plans.poor_mans_bert import (
     poor_mans_bert,
     similarity_of,
 )
-from lib.plans.structured_qa import operating_speed, structured_qa
+from lib.plans.structured_qa import operating_speed, point_name, structured_qa
 from lib.specs import Spec
 
 __all__ = [
     "PLANS", "SPEED_ARCHITECTURES", "contributions", "dense", "encoder_layers", "engine_latency", "halved_speed",
-    "layer_dropping", "layer_sets", "make_plan", "operating_speed", "similarity_of", "stock_comparison",
+    "layer_dropping", "layer_sets", "make_plan", "operating_speed", "point_name", "similarity_of", "stock_comparison",
     "structured_qa",
 ]  # fmt: skip
 

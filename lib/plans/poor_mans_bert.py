@@ -23,7 +23,12 @@ from lib.specs import (
 
 
 def contributions(profile: Profile) -> list[Spec]:
-    """Layer contributions of the pre-trained encoder on each task's validation split."""
+    """Layer contributions of the pre-trained encoder on each task's validation split.
+
+    Raises:
+        StudyError: a K of the profile is impossible; found before anything is measured for it.
+    """
+    _every_k(profile)
     return [
         ContributionSpec(
             task=task, data=data_source(profile, task), encoder=profile.encoder,
@@ -34,17 +39,27 @@ def contributions(profile: Profile) -> list[Spec]:
     ]  # fmt: skip
 
 
-def layer_sets(profile: Profile, similarity: Sequence[float]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Layers dropped by each (strategy, variant), where a variant is ``K=2`` or ``similarity > 0.95``.
+def _every_k(profile: Profile) -> tuple[int, ...]:
+    """Every K of the profile, or every one that its encoder allows.
 
-    Args:
-        similarity: layer contributions, (n_layers,), that the contribution strategy ranks by.
+    Raises:
+        StudyError: a K that leaves no layer.
     """
     n = encoder_layers(profile)
     ks = profile.layer_dropping.k or tuple(range(1, n))
     too_many = [k for k in ks if k >= n]
     if too_many:
         raise StudyError(f"layer_dropping.k: K={too_many[0]} is impossible, {profile.encoder} has {n} layers")
+    return ks
+
+
+def layer_sets(profile: Profile, similarity: Sequence[float]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Layers dropped by each (strategy, variant), where a variant is ``K=2`` or ``similarity > 0.95``.
+
+    Args:
+        similarity: layer contributions, (n_layers,), that the contribution strategy ranks by.
+    """
+    n, ks = encoder_layers(profile), _every_k(profile)
     sets: dict[tuple[str, str], tuple[int, ...]] = {
         (strategy, f"K={k}"): layers_to_drop(strategy, k, n, similarity)
         for strategy in profile.layer_dropping.strategies

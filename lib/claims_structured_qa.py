@@ -1,0 +1,149 @@
+"""The claims of McCarley, Chakravarti and Sil (2019), each checked against the records of notebook 02."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, verdict
+from lib.figures import bootstrap_interval
+from lib.published import published
+from lib.structured_analysis import NONE, exact_sizes, published_points
+
+POINT = {"heads": 0.474, "units": 0.348}  # the operating point of the headline: "ff2 + attn2" of Table 1
+
+
+def structured_qa(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts on the paper.
+
+    Args:
+        frame: ``structured_analysis.structured_frame``.
+        speed: ``analysis.latency_frame`` of ``plans.operating_speed``, with ``heads`` and ``units`` kept; may be empty.
+    """
+    first = frame["task"].iloc[0]
+    return pd.DataFrame([
+        _size(),
+        _speed(speed),
+        _lost(frame[frame["task"] == first], "retrain", "v1 Table 1"),
+        _distilled(frame[frame["task"] == first]),
+        _across(frame),
+        *(_best(frame[frame["task"] == first], kind, others) for kind, others in (
+            ("heads", ("gain", "leave-one-out", "random")), ("units", ("gain", "random")))),
+        _embedding(frame[frame["task"] == first]),
+    ])  # fmt: skip
+
+
+def _size() -> dict[str, str]:
+    sizes = exact_sizes()
+    row, worst = sizes.iloc[-1], sizes["difference (%)"].abs().max()
+    return verdict(
+        "Without 52.6 % of the heads and 65.2 % of the units, BERT-large is less than half as big", "size",
+        f"{row['published (MiB)']:.0f} MiB", f"{row['exact (MiB)']:.1f} MiB", bool(worst < 1),
+        f"exact count of encoder and pooler in fp32; the five sizes of Table 1 differ by {worst:.2f} % at most",
+    )  # fmt: skip
+
+
+def _speed(speed: pd.DataFrame) -> dict[str, str]:
+    claim = "The same model is nearly twice as fast"
+    printed = published("mccarley2019", place="v1 Table 1", metric="speedup", heads=52.6, recovery=NONE)["value"].item()
+    rows = at_point(speed, POINT) if len(speed) else speed
+    if rows.empty:
+        return verdict(claim, "speed", f"{printed:.2f} ×", NOT_RUN, None, "")
+    ratios, row = rows["ratio_to_dense"], rows.iloc[0]
+    evidence = (
+        f"{rows['engine'].nunique()} engines on {row['cpu']}, batch {row['batch']} × {row['length']} tokens, "
+        f"{row['threads']} threads, random weights at the printed percentages; the paper: GPU"
+    )
+    ours, holds = f"{ratios.min():.2f} to {ratios.max():.2f} ×", bool((ratios >= SPEED_TOLERANCE * printed).all())
+    return verdict(claim, "speed", f"{printed:.2f} ×", ours, holds, evidence)
+
+
+def at_point(frame: pd.DataFrame, point: dict[str, float], tolerance: float = 0.02) -> pd.DataFrame:
+    """Rows whose densities are those of an operating point, up to rounding to whole heads and units."""
+    near = [(frame[kind] - density).abs() <= tolerance for kind, density in point.items()]
+    return frame[near[0] & near[1]]
+
+
+def _points(frame: pd.DataFrame, recoveries: Sequence[str], selection: str = "l0") -> pd.DataFrame:
+    rows = at_point(frame[frame["kind"] == "both"], POINT)
+    return rows[rows["recovery"].isin(recoveries) & (rows["selection"] == selection)]
+
+
+def _seeds(rows: pd.DataFrame) -> int:
+    return int(rows.groupby("task")["seed"].nunique().min())
+
+
+def _lost(frame: pd.DataFrame, recovery: str, place: str) -> dict[str, str]:
+    claim = "Pruned to that point and retrained, it keeps nearly all of its F1"
+    table = published_points()
+    row = table[(table["place"] == place) & (table["recovery"] == recovery)].iloc[0]
+    rows = _points(frame, [recovery])
+    if rows.empty:
+        return verdict(claim, "quality", f"{row['retained']:.1f} % retained", NOT_RUN, None, "")
+    return _quality(claim, f"{row['retained']:.1f} % retained", rows, row["retained"] - QUALITY_TOLERANCE)
+
+
+def _distilled(frame: pd.DataFrame) -> dict[str, str]:
+    claim = "With distillation less than 0.5 F1 is lost (Natural Questions, RoBERTa-large)"
+    printed = published("mccarley2019", place="v3 abstract")["value"].item()
+    rows = _points(frame, ["distil", "retrain and distil"])
+    if rows.empty:
+        return verdict(claim, "quality", f"< {printed:.1f} points lost", NOT_RUN, None, "")
+    best = rows.groupby("recovery")["retained"].mean().idxmax()
+    how = f"{best}; the bound here is 99 % retained, since the paper's own dense score is not at hand; "
+    return _quality(claim, f"< {printed:.1f} points lost", rows[rows["recovery"] == best], 99.0, how)
+
+
+def _across(frame: pd.DataFrame) -> dict[str, str]:
+    claim = "It is effective across data sets"
+    table = published_points()
+    printed = table[(table["place"] == "v1 Table 1") & (table["recovery"] == "retrain")]["retained"].item()
+    rows = _points(frame, ["retrain and distil"])
+    if rows["task"].nunique() < 2:
+        return verdict(claim, "quality", f"{printed:.1f} % retained", NOT_RUN, None, "")
+    means = rows.groupby("title")["retained"].mean()
+    evidence = f"{', '.join(means.index)}; retrained and distilled; n = {_seeds(rows)} each at least"
+    ours = f"{means.min():.1f} to {means.max():.1f} % retained"
+    holds = bool((means >= printed - QUALITY_TOLERANCE).all())
+    return verdict(claim, "quality", f"{printed:.1f} % retained", ours, holds, evidence, seeds=_seeds(rows))
+
+
+def _best(frame: pd.DataFrame, kind: str, others: Sequence[str]) -> dict[str, str]:
+    claim = f"Trained gates choose {kind} better than {', '.join(others)}"
+    rows = frame[(frame["kind"] == kind) & (frame["recovery"] == NONE) & frame["selection"].isin(["l0", *others])]
+    rows = rows.assign(density=rows[kind].round(3))
+    table = rows.pivot_table(index=["density", "seed"], columns="selection", values="retained").dropna()
+    if table.empty or "l0" not in table or table.shape[1] < 2:
+        return verdict(claim, "quality", "best at every density", NOT_RUN, None, "")
+    rival = table.drop(columns="l0").mean().idxmax()
+    lead = bootstrap_interval(table["l0"] - table[rival])
+    spread = f" ({lead.low:+.1f} to {lead.high:+.1f})" if lead.n > 1 else ""
+    evidence = f"retained share without retraining against {rival}, paired over {lead.n} (density, seed)"
+    seeds = int(rows["seed"].nunique())
+    return verdict(
+        claim, "quality", "best at every density", f"{lead.mean:+.1f} points{spread}", bool(lead.mean > 0), evidence,
+        seeds=seeds,
+    )  # fmt: skip
+
+
+def _embedding(frame: pd.DataFrame) -> dict[str, str]:
+    claim = "Gates on embedding dimensions fail"
+    rows = frame[frame["kind"] == "embedding"]
+    if rows.empty:
+        return verdict(claim, "quality", "not usable", NOT_RUN, None, "")
+    rows = rows[rows["embedding"] == rows["embedding"].max()]
+    mildest = rows["embedding"].iloc[0]
+    evidence = f"{100 * (1 - mildest):.0f} % of the dimensions closed, no retraining; the paper prints no number"
+    mean = rows["retained"].mean()
+    return verdict(
+        claim, "quality", "not usable", f"{mean:.1f} % retained", bool(mean < 95), evidence, seeds=_seeds(rows)
+    )
+
+
+def _quality(claim: str, printed: str, rows: pd.DataFrame, bound: float, how: str = "") -> dict[str, Any]:
+    found = bootstrap_interval(rows["retained"])
+    spread = f" ({found.low:.1f} to {found.high:.1f})" if found.n > 1 else ""
+    lost = (100 * rows["score"] / rows["retained"] - rows["score"]).mean()
+    evidence = f"{rows['title'].iloc[0]}, {how}n = {found.n} seeds; {lost:.1f} points of F1 lost here"
+    ours = f"{found.mean:.1f} % retained{spread}"
+    return verdict(claim, "quality", printed, ours, bool(found.mean >= bound), evidence, seeds=_seeds(rows))

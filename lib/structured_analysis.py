@@ -1,0 +1,163 @@
+"""From the records of notebook 02 to its frames: selections, operating points, what survives, the gates in training."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoModel
+
+from lib.config import StudyError
+from lib.data import TASKS
+from lib.models import ARCHITECTURES
+from lib.published import published
+from lib.runs import Record
+from lib.specs import ImportanceSpec, TrainSpec
+from lib.surgery import cut, even_shapes
+
+NONE = "none"
+
+
+def selection(spec: TrainSpec) -> str:
+    """How the gates were chosen: a name in ``lib.figures.METHODS``, "dense" without a compressor."""
+    if spec.compressor is None:
+        return "dense"
+    settings = spec.compressor.settings
+    if spec.compressor.name == "l0_gates":
+        return "l0" if len(settings["densities"]) == 1 else "l0-joint"
+    if settings.get("importance", "given") != "given":
+        return settings["importance"] + ("-iterative" if settings.get("iterative") else "")
+    source = spec.informed_by[0]
+    return source.method.replace("_", "-") if isinstance(source, ImportanceSpec) else selection(source)
+
+
+def recovery(spec: TrainSpec) -> str:
+    """What training followed the pruning: "none", "retrain", "distil" or "retrain and distil"."""
+    if spec.start is None or not spec.training.epochs or (spec.compressor and spec.compressor.name == "l0_gates"):
+        return NONE
+    if spec.distillation is None:
+        return "retrain"
+    return "retrain and distil" if spec.distillation.hard else "distil"
+
+
+def structured_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per training run of notebook 02.
+
+    ``heads``, ``units`` and ``embedding`` are realised densities (shares kept, 1 where untouched), ``kind`` says which
+    were pruned ("heads", "units", "both", "embedding" or "none"). ``retained`` is the score as a share (percent) of the
+    dense score of the same task and seed.
+
+    Raises:
+        StudyError: no run is finished.
+    """
+    rows = []
+    for record in records:
+        spec = record.spec
+        if not isinstance(spec, TrainSpec):
+            continue
+        density = record["compression"].get("density", {})
+        rows.append({
+            "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
+            "selection": selection(spec), "recovery": recovery(spec), "kind": _kind(density),
+            **{kind: density.get(kind, 1.0) for kind in ("heads", "units", "embedding")},
+            "score": record["score"], "layer_parameters": record["model"]["layer_parameters"],
+            "size_bytes": record["model"]["size_bytes"],
+            "train_s": record.result.get("training", {}).get("seconds", 0.0),
+        })  # fmt: skip
+    if not rows:
+        raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
+    frame = pd.DataFrame(rows)
+    dense = frame[(frame["selection"] == "dense") & (frame["recovery"] == NONE)].set_index(["task", "seed"])
+    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
+    frame["retained"] = 100 * frame["score"].to_numpy() / dense["score"].reindex(keys).to_numpy()
+    full = dense["layer_parameters"].reindex(keys).to_numpy()
+    frame["layers kept"] = frame["layer_parameters"].to_numpy() / full
+    return frame
+
+
+def _kind(density: dict[str, float]) -> str:
+    kinds = sorted(density)
+    return "both" if kinds == ["heads", "units"] else kinds[0] if kinds else NONE
+
+
+def published_curves() -> pd.DataFrame:
+    """Figures 2 and 3 of the paper (BERT-base, digitised) as retained share: kind, selection, density, retained."""
+    dense = published("mccarley2019", place="v1 sec. 4", metric="score")["value"].item()
+    rows = published("mccarley2019", place=["v1 Figure 2", "v1 Figure 3"], metric="score")
+    heads = rows["place"] == "v1 Figure 2"
+    return pd.DataFrame({
+        "kind": np.where(heads, "heads", "units"), "selection": rows["method"],
+        "density": 1 - rows["heads"].where(heads, rows["units"]) / 100, "retained": 100 * rows["value"] / dense,
+    })  # fmt: skip
+
+
+def published_points() -> pd.DataFrame:
+    """Table 1 and the later table (BERT-large) as retained share: place, heads, units (shares kept), recovery, F1 …"""
+    rows = published("mccarley2019", place=["v1 Table 1", "later version, table"])
+    keys = ["place", "heads", "units", "recovery"]
+    frame = rows.pivot_table(index=keys, columns="metric", values="value").reset_index()
+    dense = frame[(frame["heads"] == 0) & (frame["units"] == 0)].set_index("place")
+    frame["retained"] = 100 * frame["score"] / frame["place"].map(dense["score"])
+    frame["heads removed (%)"], frame["units removed (%)"] = frame["heads"], frame["units"]
+    frame["heads"], frame["units"] = 1 - frame["heads"] / 100, 1 - frame["units"] / 100
+    return frame.rename_axis(columns=None)
+
+
+def exact_sizes() -> pd.DataFrame:
+    """MiB of BERT-large in fp32 at Table 1's percentages, counted on the meta device, beside the printed sizes.
+
+    Counted are the encoder and its pooler, which the paper's checkpoints kept although a span head does not read it.
+    """
+    table = published_points()
+    table = table[(table["place"] == "v1 Table 1") & (table["recovery"] == NONE)]
+    config = ARCHITECTURES["bert-large-uncased"]
+    rows = []
+    for row in table.to_dict("records"):
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+            shapes = even_shapes(config, row["heads"], row["units"])
+            cut(model, [range(heads) for heads, _ in shapes], [range(units) for _, units in shapes])
+        exact = 4 * sum(parameter.numel() for parameter in model.parameters()) / 2**20
+        rows.append({
+            "heads removed (%)": row["heads removed (%)"], "units removed (%)": row["units removed (%)"],
+            "exact (MiB)": exact, "published (MiB)": row["size"], "difference (%)": 100 * (exact / row["size"] - 1),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def survivors(record: Record, layers: int) -> pd.DataFrame:
+    """What one pruned model kept: layer (from 1), heads kept, share of units kept; NaN for a kind left alone."""
+    kept = record["compression"]["kept"]
+    heads = [len(row) for row in kept["heads"]] if "heads" in kept else [np.nan] * layers
+    units = kept.get("units", [np.nan] * layers)
+    return pd.DataFrame({"layer": range(1, layers + 1), "heads": heads, "units": units})
+
+
+def gate_history(record: Record, kind: str) -> pd.DataFrame:
+    """How the gates of one kind moved during training: progress, lambda, expected and realised density."""
+    points = record["compression"]["history"]
+    names = ("lambda", "expected_density", "density")
+    return pd.DataFrame([{"progress": p["progress"]} | {name: p[kind][name] for name in names} for p in points])
+
+
+def gate_counts(record: Record, kind: str) -> tuple[np.ndarray, list[float], list[float]]:
+    """Histogram of log alpha over training: counts (points, bins), progress of each point, bin edges."""
+    history = record["compression"]["history"]
+    counts = np.array([point[kind]["log_alpha_counts"] for point in history])
+    return counts, [point["progress"] for point in history], record["compression"]["bins"]
+
+
+def find(records: Iterable[Record], **wanted: Any) -> list[Record]:
+    """Training records whose selection, recovery, task or seed equal ``wanted``, in order."""
+    found = []
+    for record in records:
+        if isinstance(record.spec, TrainSpec):
+            about = {
+                "selection": selection(record.spec), "recovery": recovery(record.spec), "task": record.spec.task,
+                "seed": record.spec.seed, "kind": _kind(record["compression"].get("density", {})),
+            }  # fmt: skip
+            if all(about[key] == value for key, value in wanted.items()):
+                found.append(record)
+    return found
+
