@@ -9,12 +9,17 @@ profiles="smoke quick study paper"
 usage() {
     cat <<'TEXT'
 Usage: ./run_all.sh [PROFILE] [OPTIONS]   execute every notebook (PROFILE: smoke, quick, study, paper; default quick)
+       ./run_all.sh report [PROFILE]      gallery, LaTeX macros, one HTML and one PDF of what was executed (default study)
        ./run_all.sh test [PYTEST ARGS]    ruff, mypy and the tests
        ./run_all.sh lock                  renew requirements.lock from pyproject.toml (needs uv)
+
+--with-deepsparse, before or after the profile, first installs the sparse engine DeepSparse into .venv-deepsparse (Linux on
+x86-64 and a Python from 3.8 to 3.11; where it cannot be installed, its rows say "not available").
 
 Options after the profile go to `python -m lib.execute`:
   --only 00 05            only these notebooks
   -p NAME VALUE           set a notebook parameter (repeatable); see --help-parameters
+  --jobs N                first compute the runs, N at once, by Snakemake (docs/scale_out.md)
   --help-parameters       list every notebook's parameters with their meaning
   --list                  list the notebooks
 
@@ -139,6 +144,34 @@ make_venv() {
     return 0
 }
 
+# DeepSparse, in an environment of its own: it wants older packages than the study. Never stops the run.
+install_deepsparse() {
+    local folder=$root/.venv-deepsparse base="" candidate
+    if [ "$("$folder/bin/python" -c 'import deepsparse; print(deepsparse.__version__)' 2>/dev/null)" = 1.8.0 ]; then
+        echo "      DeepSparse: present"
+        return
+    fi
+    for candidate in python3.11 python3.10 python3.9 python3.8 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 8) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null; then
+            base=$candidate
+            break
+        fi
+    done
+    if [ "$(uname -sm)" != "Linux x86_64" ] || [ -z "$base" ]; then
+        echo "      DeepSparse: not installed, it needs Linux on x86-64 and a Python from 3.8 to 3.11; its rows will say so"
+        return
+    fi
+    echo "      DeepSparse: installing into .venv-deepsparse with $base, some minutes (log: .venv-deepsparse/install.log)"
+    if mkdir -p "$folder" && "$base" -m venv --clear "$folder" >/dev/null 2>&1 &&
+        "$folder/bin/python" -m pip install --disable-pip-version-check --no-input \
+            'deepsparse==1.8.0' 'numpy<2' 'onnx<1.15' >"$folder/install.log" 2>&1; then
+        echo "      DeepSparse: installed"
+    else
+        echo "      DeepSparse: could not be installed ($(tail -n 1 "$folder/install.log" 2>/dev/null | cut -c1-160)); its rows will say so"
+        rm -f "$folder/bin/python"
+    fi
+}
+
 # Settings that a kernel must find in its environment when it starts.
 set_environment() {
     if [ "$(uname -s)" = Linux ]; then
@@ -158,6 +191,12 @@ set_environment() {
     fi
 }
 
+make_report() {
+    cd "$root"
+    echo "[3/3] Report"
+    exec "$python" -m lib.report "$@"
+}
+
 run_tests() {
     cd "$root"
     echo "[3/3] Tests: ruff, mypy, pytest"
@@ -172,7 +211,8 @@ renew_lock() {
     {
         echo "# Exact pins of everything, for CPython 3.11 to 3.13 on Linux, macOS and Windows."
         echo "# Made by ./run_all.sh lock from pyproject.toml; do not edit."
-        "$uv" pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --extra dev \
+        "$uv" pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest \
+            --extra dev --extra scale --extra report \
             --no-header --no-annotate --no-emit-index-url --no-emit-find-links pyproject.toml |
             grep -vE '^(nvidia-|cuda-|triton)|^[^;]*; .*sys_platform == .emscripten|^-'
     } >requirements.lock.new
@@ -181,6 +221,13 @@ renew_lock() {
 }
 
 trap 'echo >&2; echo "interrupted; run the same command again to go on" >&2; exit 130' INT
+
+with_deepsparse=""
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --with-deepsparse ]; then with_deepsparse=1; else arguments+=("$argument"); fi
+done
+set -- ${arguments[@]+"${arguments[@]}"}
 
 command=quick
 case "${1:-}" in
@@ -196,12 +243,17 @@ case "$command" in
         set_environment test
         run_tests "$@"
         ;;
+    report)
+        set_up
+        make_report "$@"
+        ;;
     lock) renew_lock ;;
     smoke | quick | study | paper | *.yaml | *.yml)
         set_up
+        [ -z "$with_deepsparse" ] || install_deepsparse
         set_environment "$(basename "$command")"
         echo "[3/3] Notebooks: profile $command"
         exec "$python" -m lib.execute "$command" "$@"
         ;;
-    *) fail "unknown profile '$command'; allowed: ${profiles// /, }, the path of a YAML file, or the commands test and lock" ;;
+    *) fail "unknown profile '$command'; allowed: ${profiles// /, }, the path of a YAML file, or the commands report, test and lock" ;;
 esac

@@ -10,7 +10,7 @@ from lib.data import TASKS
 from lib.figures import bootstrap_interval
 from lib.published import published
 from lib.runs import Record
-from lib.specs import LatencySpec, TrainingSpeedSpec, TrainSpec
+from lib.specs import ContributionSpec, LatencySpec, TrainingSpeedSpec, TrainSpec
 
 PROCEDURES = {
     "dense": "dense",
@@ -53,13 +53,36 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
             "examples_per_s": training["examples"] / training["seconds"] if training else float("nan"),
         })  # fmt: skip
     if not rows:
-        raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
+        raise _nothing_yet("training run")
     frame = pd.DataFrame(rows)
     dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["score"]
     keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
     frame["retained"] = 100 * frame["score"].to_numpy() / dense.reindex(keys).to_numpy()
     frame["k"] = frame["drop"].map(len)
     return frame
+
+
+def _nothing_yet(what: str) -> StudyError:
+    return StudyError(
+        f"no {what} is finished yet; give the data that the profile wants (data_dir) and leave budget_minutes out"
+    )
+
+
+def contribution_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per task and layer (1 is the lowest): the similarity of what goes into it and what comes out.
+
+    Raises:
+        StudyError: nothing is measured yet.
+    """
+    rows = [
+        {"task": record.spec.task, "layer": layer, "similarity": similarity}
+        for record in records
+        if isinstance(record.spec, ContributionSpec)
+        for layer, similarity in enumerate(record["similarity"], start=1)
+    ]
+    if not rows:
+        raise _nothing_yet("layer contribution")
+    return pd.DataFrame(rows)
 
 
 def strategy_frame(quality: pd.DataFrame, sets: Mapping[str, Mapping[tuple[str, str], tuple[int, ...]]],

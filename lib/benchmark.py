@@ -7,6 +7,8 @@ many. Nothing is timed before its outputs agree with PyTorch fp32 (``check_agree
 
     python -m lib.benchmark latency --encoder base --keep-layers 6 --batch 1 --length 384
     python -m lib.benchmark training --profile study --data-dir FOLDER
+    python -m lib.benchmark overhead --profile study
+    python -m lib.benchmark fisher --full minilm
 """
 
 import argparse
@@ -20,24 +22,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lib.environment import hardware, reexec_with_fast_allocator, usable_cpus
+
+if __name__ == "__main__":
+    reexec_with_fast_allocator()  # here, because the imports below take seconds
+
 import numpy as np
 import torch
 from tabulate import tabulate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import disable_progress_bar
 
 from lib.agreement import check_agreement, random_batch
 from lib.config import StudyError
 from lib.engines import ENGINES, Prepared, available_engines, prepare, safetensors_bytes, unavailable_reason
-from lib.environment import hardware, reexec_with_fast_allocator, usable_cpus
+from lib.fisher_speed import fisher_report
 from lib.memory import peak_memory
 from lib.models import ARCHITECTURES, layers, load_model, random_model
 from lib.onnx_export import evaluation_copy, quiet
+from lib.quantized_layers import is_quantized
+from lib.quantized_storage import stored_bytes
 from lib.surgery import drop_layers
-from lib.training_speed import training_report
+from lib.training_speed import overhead_report, training_report
 
-__all__ = ["check_agreement", "flops", "latency", "peak_memory", "random_batch", "size_on_disk"]
+__all__ = ["check_agreement", "flops", "latency", "memory_traffic", "peak_memory", "random_batch", "size_on_disk"]
 
 
 def latency(
@@ -151,8 +162,11 @@ def _undisturbed(threads: int) -> Iterator[None]:
 
 
 def size_on_disk(model: nn.Module) -> int:
-    """Bytes of the model's safetensors file; zeros cost as much as other weights, shared tensors count once."""
-    return safetensors_bytes(model)
+    """Bytes of the model's safetensors file; zeros cost as much as other weights, shared tensors count once.
+
+    A quantised model counts as the packed integers that it is stored as.
+    """
+    return stored_bytes(model) if is_quantized(model) else safetensors_bytes(model)
 
 
 def flops(model: nn.Module, batch: int, length: int) -> int:
@@ -162,6 +176,39 @@ def flops(model: nn.Module, batch: int, length: int) -> int:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         counted(input_ids=ids, attention_mask=torch.ones_like(ids))
     return batch * counter.get_total_flops()
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up what the operations of a model read and write. Views move nothing, a lookup reads only its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        made = [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+        view = any(returned.alias_info is not None for returned in func._schema.returns)
+        if view or func is torch.ops.aten._unsafe_view.default or not made:
+            return output
+        read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if func is torch.ops.aten.embedding.default:
+            read = [read[1], *made]
+        self.bytes += sum(value.numel() * value.element_size() for value in (*read, *made))
+        return output
+
+
+def memory_traffic(model: nn.Module, batch: int, length: int) -> int:
+    """Bytes that one forward pass in fp32 reads and writes, every operation by itself.
+
+    An upper bound: engines that fuse operations or find operands in a cache move less. With the FLOPs it says whether a
+    model is bound by arithmetic or by memory.
+    """
+    counted = evaluation_copy(model, "eager", torch.float32, "meta")
+    ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+    with torch.inference_mode(), _Traffic() as traffic:
+        counted(input_ids=ids)
+    return traffic.bytes
 
 
 # Short names for published shapes; their weights are random, which latency does not notice.
@@ -276,6 +323,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=3, help="counted epochs per variant (default 3)")
     add("--threads", type=int, default=usable_cpus(), help="CPU threads (default: all usable)")
     command.set_defaults(run=training_report)
+    command = commands.add_parser("overhead", help="training steps with block movement pruning against dense ones")
+    add = command.add_argument
+    add("--profile", default="quick", help="its encoder's shape and blocks are used (default quick)")
+    for name, meaning in {"batch": "examples per step", "length": "tokens per example", "rounds": "steps"}.items():
+        add(f"--{name}", type=int, help=f"{meaning} (default: the profile's)")
+    add("--threads", type=int, default=usable_cpus(), help="CPU threads (default: all usable)")
+    command.set_defaults(run=overhead_report)
+    command = commands.add_parser("fisher", help="compare oBERT's block Fisher with a loop over its blocks")
+    add = command.add_argument
+    add("--weights", type=int, default=1_000_000, help="weights of the slice that both are measured on (default 1e6)")
+    add("--width", type=int, default=50, help="width of a block (default 50)")
+    add("--gradients", type=int, default=1024, help="gradients that the projection is for (default 1024)")
+    add("--rounds", type=int, default=5, help="counted turns of each (default 5)")
+    add("--threads", type=int, default=usable_cpus(), help="CPU threads (default: all usable)")
+    add("--full", default="", metavar="NAME", help="also measure all encoder weights of an architecture, e.g. minilm")
+    command.set_defaults(run=fisher_report)
     return parser
 
 
@@ -294,5 +357,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    reexec_with_fast_allocator()
     sys.exit(main())

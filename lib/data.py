@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
 
-from lib import corpus
-from lib.config import StudyError
+from lib import corpus, own_data
+from lib.config import OwnTask, StudyError
 from lib.local_data import Glue, Rows, read_glue, read_parallel, read_squad
 
 Kind = Literal["qa", "classification", "regression", "translation"]
@@ -46,7 +46,8 @@ class Task:
 
     ``metric`` is the key of ``metrics.score`` that "score" repeats. ``num_labels`` is 0 for QA and translation and 1
     for regression. ``hub`` is data set id and configuration, ``hub_columns`` what the hub calls ``columns``. ``local``
-    is the path below the data directory. ``embedded`` generates the splits of an invented-world task.
+    is the path below the data directory. ``embedded`` generates the splits of an invented-world task, ``own`` names the
+    files of a user's own.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     glue: Glue | None = None
     unanswerable: bool = False
     embedded: Callable[[], dict[str, Rows]] | None = None
+    own: own_data.OwnFiles | None = None
 
 
 def _glue(name: str, title: str, metric: str, sentences: tuple[str, ...], files: Glue, **rest: Any) -> Task:
@@ -130,6 +132,24 @@ _TASKS = (
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
+def register(name: str, own: OwnTask) -> None:
+    """Make a user's own files a task, called ``name``; once more with the same files changes nothing.
+
+    Raises:
+        StudyError: the name is taken, or the files are not what they should be.
+    """
+    files = own_data.describe(name, own)
+    if name in TASKS and TASKS[name].own != files:
+        other = "is a task of the study" if TASKS[name].own is None else "was read from other files in this process"
+        raise StudyError(f"own task '{name}': '{name}' {other}; choose another name (of the file, or under own_tasks)")
+    if files.glue is None:
+        TASKS[name] = Task(name, "qa", "f1", name, unanswerable=files.unanswerable, own=files)
+    else:
+        labels, columns = len(files.glue.labels) or 1, own_data.SENTENCES[: len(files.glue.columns)]
+        kind, metric = ("classification", "accuracy") if labels > 1 else ("regression", "pearson_spearman")
+        TASKS[name] = Task(name, kind, metric, name, labels, columns, own=files)  # type: ignore[arg-type]
+
+
 def get_task(name: str) -> Task:
     """The task called ``name``; an unknown name is a StudyError that lists the known ones."""
     if name not in TASKS:
@@ -171,6 +191,9 @@ def data_digest(name: str, source: str, data_dir: Path | str | None = None) -> s
     digest = hashlib.sha256()
     if task.embedded:
         digest.update(json.dumps(task.embedded(), sort_keys=True).encode())
+    elif task.own:
+        for file in task.own.files:
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
     elif source == "hub":
         digest.update(repr((task.hub, _hub(load_dataset_builder, task).hash)).encode())
     else:
@@ -183,6 +206,8 @@ def data_digest(name: str, source: str, data_dir: Path | str | None = None) -> s
 def _load_splits(task: Task, source: str, data_dir: Path | str | None) -> DatasetDict:
     if task.embedded:
         splits = task.embedded()
+    elif task.own:
+        splits = task.own.read()
     elif source == "hub":
         return _load_hub(task)
     else:

@@ -23,8 +23,10 @@ SCORES = "study_scores"
 class Distillation(Strict):
     """Weights of the terms of the loss; ``hard`` multiplies the labels' cross-entropy.
 
-    ``temperature`` applies to the logits alone. ``hidden_states`` and ``attention_scores`` need a teacher with the
-    student's width and number of heads; layers are matched from the last one backwards at equal spacing.
+    ``temperature`` applies to the logits alone. ``hidden_states``, ``attention_scores`` and ``embedding`` need a
+    teacher of the student's width and number of heads; layers are matched from the last one backwards at equal spacing.
+    ``hidden_states`` compares the outputs of the layers, which are the FFNs' after residual sum and LayerNorm;
+    ``embedding`` the output of the embedding layer. Terms that have one value per layer are means over the layers.
     """
 
     hard: float = Field(default=0.1, ge=0)
@@ -32,6 +34,7 @@ class Distillation(Strict):
     temperature: float = Field(default=2.0, gt=0)
     hidden_states: float = Field(default=0.0, ge=0)
     attention_scores: float = Field(default=0.0, ge=0)
+    embedding: float = Field(default=0.0, ge=0)
 
 
 def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -98,40 +101,46 @@ class Distiller:
     def needs(self) -> dict[str, bool]:
         """Keyword arguments that the student's forward pass has to be called with."""
         return {
-            "output_hidden_states": self.settings.hidden_states > 0,
+            "output_hidden_states": self.settings.hidden_states > 0 or self.settings.embedding > 0,
             "output_attentions": self.settings.attention_scores > 0,
         }
 
-    def loss(self, student_output, hard_loss: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, student_output, hard_loss: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
         """Total loss of one batch.
 
         Args:
             student_output: the student's output, called with ``needs``.
-            hard_loss: scalar, the task loss on the labels.
+            hard_loss: scalar, the task loss on the labels; None where there are none (``hard`` is 0 then).
             inputs: what the student was called with; labels are not shown to the teacher.
         """
-        settings = self.settings
+        hard = {} if hard_loss is None else {"hard": hard_loss}
+        terms = hard | self.terms(student_output, inputs)
+        return sum(getattr(self.settings, name) * value for name, value in terms.items())
+
+    def terms(self, student_output, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of one batch that have a weight, before it is applied, by their names in ``Distillation``."""
+        settings, terms = self.settings, dict[str, Tensor]()
         unlabelled = {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
         with torch.no_grad():
             teacher_output = self.teacher(**unlabelled, **self.needs)
-        total = settings.hard * hard_loss
         if settings.logits:
             pairs = [
                 logit_loss(student_output[name], teacher_output[name], settings.temperature)
                 for name in ("logits", "start_logits", "end_logits")
                 if name in student_output
             ]
-            total = total + settings.logits * sum(pairs) / len(pairs)
+            terms["logits"] = sum(pairs) / len(pairs)  # type: ignore[assignment]
         mask = inputs["attention_mask"]
         if settings.hidden_states:
-            term = _layerwise(student_output.hidden_states[1:], teacher_output.hidden_states[1:], mask[:, :, None])
-            total = total + settings.hidden_states * term
+            states = student_output.hidden_states[1:], teacher_output.hidden_states[1:]
+            terms["hidden_states"] = _layerwise(*states, mask[:, :, None])
         if settings.attention_scores:
-            both = (mask[:, None, :, None] * mask[:, None, None, :])
-            total = total + settings.attention_scores * _layerwise(
-                student_output.attentions, teacher_output.attentions, both
-            )
-        return total
+            both = mask[:, None, :, None] * mask[:, None, None, :]
+            terms["attention_scores"] = _layerwise(student_output.attentions, teacher_output.attentions, both)
+        if settings.embedding:
+            first = student_output.hidden_states[:1], teacher_output.hidden_states[:1]
+            terms["embedding"] = _layerwise(*first, mask[:, :, None])
+        return terms
 
 
 def _layerwise(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:

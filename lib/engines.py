@@ -21,9 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lib import deepsparse
+from lib.block_sparse import stored_bytes, to_block_sparse
 from lib.config import StudyError
 from lib.environment import isa_flags, native_bf16, native_int8
-from lib.int8 import as_array, data_digest, quantize_dynamic, quantize_static
+from lib.int8 import as_array, data_digest, quantize_dynamic, quantize_operators, quantize_static
 from lib.onnx_export import (
     cached_export,
     evaluation_copy,
@@ -33,6 +35,7 @@ from lib.onnx_export import (
     first_line,
     logits_of,
 )
+from lib.sparse_layers import make_sparse
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 Batch = Mapping[str, Any]  # name -> (batch, length) integer tensor or array
@@ -82,12 +85,13 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Engine:
-    """``needs``: packages; ``prepare``: job -> (run, size in bytes, what it runs on)."""
+    """``needs``: packages; ``prepare``: job -> (run, size in bytes, what it runs on); ``check``: what else may lack."""
 
     precision: str
     device: str
     needs: tuple[str, ...]
     prepare: Callable[[_Job], tuple[Run, int, str]]
+    check: Callable[[], str | None] = lambda: None
 
 
 def prepare(
@@ -143,9 +147,11 @@ def unavailable_reason(engine: str) -> str | None:
             return f"not available: package {package} is not installed"
     if entry.device == "cuda" and not torch.cuda.is_available():
         return "not available: no CUDA device"
+    if engine == "pytorch-bsr-fp32" and not torch.backends.mkl.is_available():
+        return "not available: this build of PyTorch has no MKL, which multiplies block-sparse matrices"
     if entry.precision == "bf16" and not native_bf16(entry.device):
         return f"not available: this {entry.device.upper()} has no bf16 instructions and would only emulate them"
-    return None
+    return entry.check()
 
 
 def available_engines(device: str | None = None) -> list[str]:
@@ -182,17 +188,36 @@ def _prepare_pytorch(job: _Job) -> tuple[Run, int, str]:
     device = "cuda" if "cuda" in job.engine else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[job.precision]
     model = evaluation_copy(job.model, "sdpa", dtype, device)
+    where = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU {torch.backends.cpu.get_cpu_capability()}"
+    runs_on = f"PyTorch {torch.__version__}, {where}{_bf16_unit(job, device)}"
+    return _pytorch_run(model, job.threads, device), safetensors_bytes(model), runs_on
 
+
+def _pytorch_run(model: Any, threads: int, device: str) -> Run:
     def run(batch: dict[str, Any]) -> list[np.ndarray]:
-        if torch.get_num_threads() != job.threads:
-            torch.set_num_threads(job.threads)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
         with torch.inference_mode():
             output = model(**{name: _tensor(value, device) for name, value in batch.items()})
             # Copying to the CPU also waits for the GPU, so a timed call is the whole call.
             return [logits.float().cpu().numpy() for logits in logits_of(output)]
 
-    where = torch.cuda.get_device_name(0) if device == "cuda" else f"CPU {torch.backends.cpu.get_cpu_capability()}"
-    return run, safetensors_bytes(model), f"PyTorch {torch.__version__}, {where}{_bf16_unit(job, device)}"
+    return run
+
+
+def _prepare_pytorch_sparse(job: _Job) -> tuple[Run, int, str]:
+    """PyTorch with the encoder's weights in CSR, or in BSR with tiles of 4×4."""
+    model, layout = evaluation_copy(job.model, "sdpa", torch.float32, "cpu"), job.engine.split("-")[1]
+    size = make_sparse(model, layout)
+    return _pytorch_run(model, job.threads, "cpu"), size, f"PyTorch {torch.__version__}, CPU, {layout.upper()} weights"
+
+
+def _prepare_block_sparse(job: _Job) -> tuple[Run, int, str]:
+    """PyTorch in fp32 with every matrix whose zeros are whole blocks stored as BSR; the others stay dense."""
+    model = evaluation_copy(job.model, "sdpa", torch.float32, "cpu")
+    converted, total = to_block_sparse(model)
+    runs_on = f"PyTorch {torch.__version__}, CPU, {converted} of {total} matrices block-sparse"
+    return _pytorch_run(model, job.threads, "cpu"), stored_bytes(model), runs_on
 
 
 def _bf16_unit(job: _Job, device: str) -> str:
@@ -243,16 +268,16 @@ def _prepare_openvino(job: _Job) -> tuple[Run, int, str]:
         batches = _calibration_batches(job)
         source, key = file, f"{key} nncf {importlib.metadata.version('nncf')} {data_digest(batches)}"
         file = cached_export(job.folder, "int8-static.xml", key, lambda made: quantize_static(source, made, batches))
-    compiled = openvino.Core().compile_model(
-        str(file),
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": "bf16" if job.precision == "bf16" else "f32",
-            "INFERENCE_NUM_THREADS": job.threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-        },
-    )
+    settings: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "bf16" if job.precision == "bf16" else "f32",
+        "INFERENCE_NUM_THREADS": job.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+    }
+    sparse = ", sparse weights" if "sparse" in job.engine else ""
+    if sparse:
+        settings["CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"] = SPARSE_FROM
+    compiled = openvino.Core().compile_model(str(file), "CPU", settings)
     request = compiled.create_infer_request()
     outputs = range(len(compiled.outputs))
 
@@ -263,7 +288,29 @@ def _prepare_openvino(job: _Job) -> tuple[Run, int, str]:
 
     chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     version = openvino.__version__.split("-")[0]
-    return run, export_bytes(file), f"OpenVINO {version}, CPU, {chosen}{_bf16_unit(job, 'cpu')}"
+    return run, export_bytes(file), f"OpenVINO {version}, CPU, {chosen}{_bf16_unit(job, 'cpu')}{sparse}"
+
+
+def _no_amx_int8() -> str | None:
+    """OpenVINO unpacks sparse weights for AMX's 8-bit products alone."""
+    return None if "amx_int8" in isa_flags() else "not available: OpenVINO's sparse weights need AMX INT8 instructions"
+
+
+def _prepare_deepsparse(job: _Job) -> tuple[Run, int, str]:
+    """DeepSparse in its own process; int8 is ONNX Runtime's static quantisation into integer operators."""
+    file, key = _onnx_file(job)
+    source = file
+    if job.precision == "int8":
+        batches = _calibration_batches(job)
+        key = f"{key} onnxruntime {importlib.metadata.version('onnxruntime')} {data_digest(batches)}"
+        file = cached_export(
+            job.folder, "int8-operators.onnx", key, lambda made: quantize_operators(source, made, batches)
+        )
+    readable = cached_export(
+        job.folder, f"{file.stem}-ir.onnx", key, lambda made: deepsparse.lower_ir_version(file, made)
+    )
+    worker = deepsparse.Worker(readable, job.threads, len(job.names))
+    return worker.run, export_bytes(readable), f"DeepSparse {worker.version}, CPU, its own process"
 
 
 def _calibration_batches(job: _Job) -> list[dict[str, np.ndarray]]:
@@ -276,14 +323,26 @@ def _calibration_batches(job: _Job) -> list[dict[str, np.ndarray]]:
     return [{name: as_array(batch[name]) for name in job.names} for batch in job.calibration]
 
 
+SPARSE_FROM = 0.5  # OpenVINO unpacks the weights of layers at least this sparse
+
 _TABLE: dict[str, _Engine] = {
     "pytorch-fp32": _Engine("fp32", "cpu", (), _prepare_pytorch),
     "pytorch-bf16": _Engine("bf16", "cpu", (), _prepare_pytorch),
+    "pytorch-bsr-fp32": _Engine("fp32", "cpu", (), _prepare_block_sparse),
     "onnxruntime-fp32": _Engine("fp32", "cpu", ("onnxscript", "onnxruntime"), _prepare_onnxruntime),
     "onnxruntime-int8": _Engine("int8", "cpu", ("onnxscript", "onnxruntime"), _prepare_onnxruntime),
     "openvino-fp32": _Engine("fp32", "cpu", ("onnxscript", "openvino"), _prepare_openvino),
     "openvino-bf16": _Engine("bf16", "cpu", ("onnxscript", "openvino"), _prepare_openvino),
     "openvino-int8": _Engine("int8", "cpu", ("onnxscript", "openvino", "nncf"), _prepare_openvino),
+    "pytorch-csr-fp32": _Engine("fp32", "cpu", (), _prepare_pytorch_sparse),
+    "pytorch-tiles-fp32": _Engine("fp32", "cpu", (), _prepare_pytorch_sparse),
+    "openvino-sparse-int8": _Engine(
+        "int8", "cpu", ("onnxscript", "openvino", "nncf"), _prepare_openvino, _no_amx_int8
+    ),
+    "deepsparse-fp32": _Engine("fp32", "cpu", ("onnxscript",), _prepare_deepsparse, deepsparse.unavailable_reason),
+    "deepsparse-int8": _Engine(
+        "int8", "cpu", ("onnxscript", "onnxruntime"), _prepare_deepsparse, deepsparse.unavailable_reason
+    ),
     "pytorch-cuda-fp32": _Engine("fp32", "cuda", (), _prepare_pytorch),
     "pytorch-cuda-fp16": _Engine("fp16", "cuda", (), _prepare_pytorch),
     "pytorch-cuda-bf16": _Engine("bf16", "cuda", (), _prepare_pytorch),

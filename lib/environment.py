@@ -233,7 +233,8 @@ def use_fast_allocator() -> bool:
 def reexec_with_fast_allocator() -> None:
     """Start this command line again, once, with ``fast_cpu_environment()``; returns where nothing is to be gained.
 
-    Call it first thing in a ``main``. The process keeps its id, arguments and terminal.
+    Call it under ``if __name__ == "__main__"`` before the slow imports, so that they happen once. The process keeps
+    its id, arguments and terminal.
     """
     if not on_glibc() or allocator_is_fast() or os.environ.get(ALLOCATOR_VARIABLE):
         return

@@ -27,6 +27,8 @@ import yaml
 from lib import kernel
 from lib.config import ROOT, Profile, StudyError, load_profile
 from lib.files import cannot_write, write_atomically
+from lib.gallery import write_gallery
+from lib.own_data import is_path
 from lib.progress import duration
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -113,6 +115,8 @@ def parse(name: str, text: str, parameter: dict[str, str]) -> Any:
             value = float(value)
     if kind == "float" and type(value) is int:
         value = float(value)
+    if name == "tasks" and isinstance(value, list):
+        value = [str(Path(item).expanduser().absolute()) if is_path(item) else item for item in value]
     expected = {"int": int, "float": float, "bool": bool}.get(kind)
     if expected and type(value) is not expected:
         raise StudyError(f"parameter '{name}': found {text!r}, expected {kind} ({parameter['help'] or 'no help'})")
@@ -184,7 +188,9 @@ def clean(notebook: Any, source: Path, target: Path, parameters: dict[str, Any])
     for metadata in (notebook.metadata.papermill, *(cell.metadata.get("papermill", {}) for cell in notebook.cells)):
         metadata.pop("start_time", None)
         metadata.pop("end_time", None)
-    secrets = {str(value): f"<{name}>" for name, value in parameters.items() if _is_path(value)}
+    secrets = {
+        text: f"<{name}>" for name, value in parameters.items() for text in _texts_in(value) if _is_path(text)
+    }
     secrets |= {os.environ["STUDY_DATA"]: "<STUDY_DATA>"} if _is_path(os.environ.get("STUDY_DATA")) else {}
     secrets |= {f"{ROOT}{os.sep}": "", str(ROOT): ".", sys.prefix: "<environment>", str(Path.home()): "~"}
     # longest first, since one may lie inside another; a home of "/" would take every slash
@@ -195,6 +201,10 @@ def clean(notebook: Any, source: Path, target: Path, parameters: dict[str, Any])
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return _replaced(notebook, [(text, secrets[text]) for text in order])
+
+
+def _texts_in(value: Any) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def _is_path(value: Any) -> bool:
@@ -278,6 +288,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="notebook parameter"
     )
+    parser.add_argument("--jobs", type=int, metavar="N", help="first compute the runs, N at once, by Snakemake")
+    parser.add_argument("--gpus", default="", metavar="0,1", help="with --jobs: hand out these GPUs, one to a run")
     parser.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
     parser.add_argument("--list", action="store_true", help="list the notebooks and stop")
     parser.add_argument("--help-parameters", action="store_true", help="list every parameter with its meaning and stop")
@@ -296,7 +308,34 @@ def _main(arguments: Sequence[str] | None) -> None:
     chosen = assign(paths, given, named)
     if os.environ.get("STUDY_DATA"):  # kernels start in another folder
         os.environ["STUDY_DATA"] = str(Path(os.environ["STUDY_DATA"]).absolute())
+    if options.jobs is not None:
+        fan_out(paths, named, given, options.jobs, options.gpus)
     run_all(paths, profile, chosen)
+    if any(profile.results.glob("figures/*.pdf")) or any(profile.results.glob("tables/*.csv")):
+        write_gallery(profile.results, options.notebooks)
+
+
+def fan_out(paths: Sequence[Path], profile: str, given: Sequence[tuple[str, str]], jobs: int, gpus: str) -> None:
+    """Compute the runs that the notebooks ask for before they do, ``jobs`` at once.
+
+    Raises:
+        StudyError: a parameter that only a notebook understands, no Snakemake, or a run failed.
+    """
+    from lib import fanout  # here, because it imports the plans and so torch
+
+    names = fanout.plans_of(paths)
+    values = {name: parse(name, text, {"inferred_type_name": "list" if name == "tasks" else "str", "help": ""})
+              for name, text in given}  # fmt: skip
+    unknown = [name for name in values if name not in fanout.PROFILE_PARAMETERS]
+    if unknown:
+        known = ", ".join(fanout.PROFILE_PARAMETERS)
+        raise StudyError(f"--jobs cannot carry parameter '{unknown[0]}' (only {known}); put it into a YAML profile")
+    command = [profile, "--jobs", str(jobs), "--gpus", gpus, "--plans", ",".join(names)]
+    for name, value in values.items():
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        command += [f"--{name.replace('_', '-')}", text] if text else []
+    if names:
+        fanout.run(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,32 +11,50 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import benchmark, engines, importance, training_speed
+from lib import benchmark, distributed, engine_quality, engines, importance, training_speed
 from lib.agreement import check_agreement, random_batch
+from lib.batches import TrainingData
+from lib.block_sparse import zero_blocks
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.layer_dropping import layer_contributions
 from lib.config import Profile, StudyError
 from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
+from lib.evaluation import evaluate_model
+from lib.fisher_speed import fisher_cost
+from lib.gates import head_size
+from lib.kronecker_models import factorise
 from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
 from lib.progress import say
 from lib.runs import hold_lock, obtain
+from lib.sparse_layers import zero_at_random
 from lib.specs import (
     ContributionSpec,
+    EngineQualitySpec,
+    FactorisationSpec,
+    FisherCostSpec,
     ImportanceSpec,
     LatencyModel,
     LatencySpec,
     Spec,
     StockComparisonSpec,
+    TextDistillationSpec,
     TrainingSpeedSpec,
     TrainSpec,
+    TranslationLatencySpec,
+    TranslationSpec,
+    UpstreamSpec,
     label,
     spec_hash,
 )
-from lib.surgery import cut, drop_layers, load_compressed, save_compressed
-from lib.training import TrainingSettings, encode, evaluate_model, fine_tune
+from lib.surgery import cut, drop_layers, layer_shapes, load_compressed, save_compressed
+from lib.text_distillation import factorisation_errors, run_text_distillation, under_head
+from lib.training import TrainingSettings, device, encode, fine_tune, use_bf16
+from lib.translation_runs import run_translation
+from lib.translation_speed import run_translation_latency
+from lib.upstream import run_upstream, upstream_folder
 
 
 def execute(spec: Spec, profile: Profile) -> dict[str, Any]:
@@ -45,31 +63,51 @@ def execute(spec: Spec, profile: Profile) -> dict[str, Any]:
         return run_training(spec, profile)
     if isinstance(spec, ImportanceSpec):
         return run_importance(spec, profile)
+    if isinstance(spec, EngineQualitySpec):
+        return run_engine_quality(spec, profile)
     if isinstance(spec, ContributionSpec):
         return run_contribution(spec, profile)
     if isinstance(spec, LatencySpec):
         return run_latency(spec)
     if isinstance(spec, TrainingSpeedSpec):
         return run_training_speed(spec)
+    if isinstance(spec, TranslationSpec):
+        return run_translation(spec, profile)
+    if isinstance(spec, TranslationLatencySpec):
+        return run_translation_latency(spec)
+    if isinstance(spec, TextDistillationSpec):
+        return run_text_distillation(spec, profile)
+    if isinstance(spec, UpstreamSpec):
+        return run_upstream(spec, profile)
+    if isinstance(spec, FisherCostSpec):
+        return fisher_cost(spec.weights, spec.width, spec.gradients, spec.threads, spec.rounds, spec.full)
+    if isinstance(spec, FactorisationSpec):
+        return factorisation_errors(spec)
     assert isinstance(spec, StockComparisonSpec)
     return run_stock_comparison(spec, profile)
 
 
-def weights_folder(profile: Profile, spec: TrainSpec) -> Path:
+def weights_folder(profile: Profile, spec: TrainSpec | TextDistillationSpec | UpstreamSpec) -> Path:
     """Where the weights of a finished run are kept (teachers and models that other runs begin with)."""
     return profile.results / "models" / spec_hash(spec)
 
 
-def finished_model(profile: Profile, spec: TrainSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def finished_model(
+    profile: Profile, spec: TrainSpec | TextDistillationSpec
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that a run ended with; trained again when only its record travelled, not its weights.
 
     Two processes that miss the same weights train them once.
     """
     folder = weights_folder(profile, spec)
-    if not folder.is_dir():
+    if not distributed.agree(folder.is_dir()):
         with hold_lock(profile, spec):
-            if not folder.is_dir():
-                run_training(spec, profile, keep_weights=True)
+            if not distributed.agree(folder.is_dir()):
+                if isinstance(spec, TextDistillationSpec):
+                    run_text_distillation(spec, profile)
+                else:
+                    run_training(spec, profile, keep_weights=True)
+        distributed.agree(True)  # the first process has written them
     return load_compressed(folder)
 
 
@@ -83,6 +121,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     informed = [obtain(profile, other).result for other in spec.informed_by]
     compressor = make_compressor(spec.compressor, informed) if spec.compressor else Compressor(None)
     compressor.attach(model)
+    compressor.use_data(_training_data(spec, profile, tokenizer))
     result: dict[str, Any] = {"train_examples": len(data["train"]), "eval_examples": len(data["validation"])}
     if settings.epochs:
         distiller = _distiller(spec, profile, model)
@@ -93,6 +132,8 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
         result["training"] = outcome.model_dump(mode="json")
     model = compressor.finalize(model)
     features = _features(spec, profile, "validation")
+    if compressor.evaluation_precision:
+        settings = settings.model_copy(update={"precision": compressor.evaluation_precision})
     result |= evaluate_model(
         model, tokenizer, task, data["validation"], features, settings, f"{label(spec)}, evaluating"
     )
@@ -105,10 +146,15 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
 
 
 def _worth_keeping(spec: TrainSpec, profile: Profile) -> bool:
-    """Whether others need the weights: dense models, and one seed of every pruned model that was trained afterwards."""
+    """Whether others need the weights: dense models, what compounds start with, one seed of every retrained model."""
     if spec.compressor is None:
         return True
-    return spec.compressor.name == "structured" and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
+    if spec.compressor.name == "layer_dropping":
+        return spec.teacher is not None and spec.task == profile.frontier.task
+    if spec.compressor.name == "block_movement":
+        return spec.compressor.settings.get("variant", "hybrid") == "hybrid"
+    pruned = spec.compressor.name in ("structured", "obert", "refill")
+    return pruned and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
 
 
 def _language_understanding(name: str) -> Task:
@@ -122,6 +168,14 @@ def _language_understanding(name: str) -> Task:
 def _task_data(spec: TrainSpec, profile: Profile) -> DatasetDict:
     settings = spec.training
     return _load(spec.task, spec.data, profile.data_dir, settings.train_examples, settings.eval_examples)
+
+
+def _training_data(spec: TrainSpec, profile: Profile, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """The training examples for compressors that look at gradients."""
+    return TrainingData(
+        lambda: _features(spec, profile, "train"), DataCollatorWithPadding(tokenizer), tokenizer.model_input_names,
+        spec.seed, device(), use_bf16(spec.training.precision),
+    )  # fmt: skip
 
 
 def _features(spec: TrainSpec, profile: Profile, split: str) -> Dataset:
@@ -145,22 +199,38 @@ def _encoded(task: str, source: str, data_dir: Path | None, encoder: str, settin
     return encode(get_task(task), data, load_tokenizer(encoder), lengths, training=split == "train")
 
 
-def describe(model: PreTrainedModel) -> dict[str, int]:
-    """Size of a model: parameters in all and in the encoder's layers, and bytes as safetensors."""
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """Size of a model: parameters in all and in the encoder's layers, and bytes as safetensors.
+
+    ``shapes`` is the (heads, FFN units) of every layer, None where layers are not made of plain linear maps.
+    """
     stack = layers(model)
     return {
         "layers": len(stack),
         "parameters": count_parameters(model),
         "layer_parameters": count_parameters(stack),
         "size_bytes": benchmark.size_on_disk(model),
+        "shapes": _heads_and_units(model),
     }
+
+
+def _heads_and_units(model: PreTrainedModel) -> list[list[int]] | None:
+    try:
+        size = head_size(model)
+        return [[shape["attention"] // size, shape["units"]] for shape in layer_shapes(model)]
+    except StudyError:
+        return None
 
 
 def _initial(spec: TrainSpec, profile: Profile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     settings, task = spec.training, get_task(spec.task)
-    if spec.start is None:
+    if spec.start is None or isinstance(spec.start, TextDistillationSpec | UpstreamSpec):
         kind: Any = task.kind
-        model = load_model(spec.encoder, kind, task.num_labels, spec.seed, settings.attention, settings.dropout)
+        encoder = upstream_folder(profile, spec.start) if isinstance(spec.start, UpstreamSpec) else spec.encoder
+        rates = (settings.dropout, settings.attention_dropout)
+        model = load_model(encoder, kind, task.num_labels, spec.seed, settings.attention, *rates)
+        if isinstance(spec.start, TextDistillationSpec):
+            under_head(finished_model(profile, spec.start)[0], model)
         return model, load_tokenizer(spec.encoder)
     model, tokenizer = finished_model(profile, spec.start)
     if model.config.model_type != "xlnet":
@@ -180,6 +250,8 @@ def _distiller(spec: TrainSpec, profile: Profile, student: PreTrainedModel) -> D
 
 def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save under a temporary name and rename, so that a folder that exists is whole."""
+    if not distributed.is_main():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
     try:
@@ -203,6 +275,17 @@ def run_importance(spec: ImportanceSpec, profile: Profile) -> dict[str, Any]:
     if spec.method == "gain":
         return importance.gain(model, tokenizer, features, settings.precision, label(spec))
     return importance.leave_one_out(model, tokenizer, task, data, features, settings, label(spec))
+
+
+def run_engine_quality(spec: EngineQualitySpec, profile: Profile) -> dict[str, Any]:
+    """Metrics of a finished model as an engine runs it, on the validation split."""
+    start = spec.start
+    model, tokenizer = finished_model(profile, start)
+    return engine_quality.quality_on_engine(
+        spec.engine, model, tokenizer, _language_understanding(spec.task), _task_data(start, profile)["validation"],
+        _features(start, profile, "validation"), _features(start, profile, "train"), start.training, spec.threads,
+        spec.calibration, label(spec),
+    )  # fmt: skip
 
 
 def run_contribution(spec: ContributionSpec, profile: Profile) -> dict[str, Any]:
@@ -237,6 +320,12 @@ def build(model: LatencyModel) -> PreTrainedModel:
     drop_layers(built, model.drop)
     if model.shapes:
         cut(built, [range(heads) for heads, _ in model.shapes], [range(units) for _, units in model.shapes])
+    if model.kronecker:
+        factorise(built, model.kronecker, "random")
+    if model.sparsity:
+        zero_at_random(built, model.sparsity, model.group)
+    if model.attention_densities:
+        zero_blocks(built, model.attention_block, model.attention_densities)
     return built
 
 
@@ -260,7 +349,10 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for name, wanted in spec.models.items():
             model = build(wanted)
-            sizes[name] = describe(model) | {"flops": benchmark.flops(model, spec.batch, spec.length)}
+            sizes[name] = describe(model) | {
+                "flops": benchmark.flops(model, spec.batch, spec.length),
+                "traffic_bytes": benchmark.memory_traffic(model, spec.batch, spec.length),
+            }
             for engine in spec.engines:
                 if reason := engines.unavailable_reason(engine):
                     unavailable[engine] = reason
@@ -273,7 +365,7 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
             del model
         if not candidates:
             raise StudyError("latency: no engine is available; " + "; ".join(unavailable.values()))
-        dense = {name: f"{spec.dense}/{name.partition('/')[2]}" for name in candidates}
+        dense = {name: f"{spec.dense}/{spec.reference or name.partition('/')[2]}" for name in candidates}
         rows = benchmark.latency(
             candidates, spec.batch, spec.length, spec.threads, vocabulary, rounds=spec.rounds, dense=dense
         )
@@ -285,7 +377,15 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
 
 def run_training_speed(spec: TrainingSpeedSpec) -> dict[str, Any]:
     """Speed of full training steps, interleaved, and peak memory of each model in a process of its own."""
-    models = {name: model.model_dump(mode="json") for name, model in spec.models.items()}
+    fields = {"architecture", "drop", "head"}
+    asked = {name: set(model.model_dump(exclude_defaults=True)) for name, model in spec.models.items()}
+    if other := [name for name, names in asked.items() if names - fields]:
+        raise StudyError(f"training speed: '{other[0]}' is more than a model with layers dropped; leave it out")
+    models = {name: model.model_dump(mode="json", include=fields) for name, model in spec.models.items()}
+    if strangers := sorted(set(spec.compressors) - set(models)):
+        raise StudyError(f"training speed: compressor for '{strangers[0]}', which is not among {', '.join(models)}")
+    for name, compressor in spec.compressors.items():
+        models[name]["compressor"] = compressor.model_dump(mode="json")
     return training_speed.training_steps(
         models, spec.dense, spec.batch, spec.length, spec.threads, spec.rounds, spec.bf16, spec.frozen_embeddings
     )

@@ -1,10 +1,14 @@
 """Writing files so that a reader, or the next run, never finds half of one."""
 
+import contextlib
 import errno
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from lib import distributed
 from lib.config import StudyError
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -34,6 +38,24 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes ``folder`` at the end: a folder that exists is whole.
+
+    What was there before is replaced; when the block raises, it stays. Of processes that train together, the folder of
+    the first counts.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
+    try:
+        yield temporary
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def refused_write(error: Exception, folder: Path) -> StudyError | None:

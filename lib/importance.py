@@ -16,9 +16,10 @@ from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedModel
 
 from lib.config import StudyError
 from lib.data import Task
+from lib.evaluation import evaluate_model
 from lib.gates import GateKind, Gates, gate_shapes
 from lib.progress import Progress
-from lib.training import TrainingSettings, device, evaluate_model, use_bf16
+from lib.training import TrainingSettings, device, use_bf16
 
 BATCH = 16
 

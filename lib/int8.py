@@ -64,6 +64,32 @@ def quantize_static(source: Path, target: Path, batches: list[dict[str, np.ndarr
         openvino.save_model(quantized, target, compress_to_fp16=False)
 
 
+def quantize_operators(source: Path, target: Path, batches: list[dict[str, np.ndarray]]) -> None:
+    """ONNX Runtime, static: int8 weights, uint8 activations with ranges from ``batches``, as integer operators.
+
+    DeepSparse runs QLinearMatMul sparse; with the same numbers between QuantizeLinear and DequantizeLinear it would
+    multiply in fp32.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
+    from onnxruntime.quantization import quantize_static as quantize
+
+    class Batches(CalibrationDataReader):
+        rows = iter(batches)
+
+        def get_next(self) -> Any:
+            return next(self.rows, None)
+
+    graph = onnx.load(source)
+    del graph.graph.value_info[:]  # as in quantize_dynamic
+    with quiet():
+        quantize(
+            graph, target, Batches(), quant_format=QuantFormat.QOperator, op_types_to_quantize=["MatMul", "Gemm"],
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True, "WeightSymmetric": True},
+        )  # fmt: skip
+
+
 def data_digest(batches: list[dict[str, np.ndarray]]) -> str:
     """12 hex digits over calibration batches."""
     digest = hashlib.blake2b(digest_size=6)

@@ -122,6 +122,11 @@ def read_glue(path: Path, files: Glue, names: tuple[str, ...]) -> Rows:
     return rows
 
 
+def header_of(path: Path) -> list[str]:
+    """Column names of a tab-separated file."""
+    return _lines(path)[0].split("\t")
+
+
 def _column(path: Path, header: list[str], column: str | int) -> int:
     if isinstance(column, int):
         return column

@@ -214,7 +214,8 @@ def score(
         result = Bleu().compute(predictions=predictions, references=list(references))
         del result["signature"]
     else:
-        result = Glue(task_name).compute(predictions=predictions, references=list(references))
+        metric = Glue("stsb" if task.kind == "regression" else task_name)
+        result = metric.compute(predictions=predictions, references=list(references))
     return {"score": result[task.metric], **result}
 
 

@@ -33,7 +33,7 @@ from transformers import (
 
 from lib.config import StudyError
 
-Kind = Literal["qa", "classification", "regression"]
+Kind = Literal["qa", "classification", "regression", "encoder"]
 
 COMPRESSION_FILE = "compression.json"  # its presence marks a folder that only lib.surgery.load_compressed can read
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -54,6 +54,8 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
 _LAYER_COUNT = {
     "bert": "num_hidden_layers", "roberta": "num_hidden_layers", "distilbert": "n_layers", "xlnet": "n_layer",
 }  # fmt: skip
+
+_AUTO: dict[str, Any] = {"qa": AutoModelForQuestionAnswering, "encoder": AutoModel}  # any other kind classifies
 
 
 @dataclass(frozen=True)
@@ -136,27 +138,31 @@ def load_model(
     seed: int = 0,
     attention: str = "eager",
     dropout: float | None = None,
+    attention_dropout: float | None = None,
 ) -> PreTrainedModel:
     """Load an encoder under a fresh head for a kind of task.
 
     Args:
         encoder: ``minilm``, ``tiny-bert``, a hub name or a local folder.
-        kind: ``qa`` (start and end logits), ``classification`` or ``regression``.
+        kind: ``qa`` (start and end logits), ``classification``, ``regression`` or ``encoder`` (no head at all).
         num_labels: width of the classification head; 1 for regression.
         seed: of the head's random initialisation (and of all weights of ``tiny-bert``).
         attention: transformers' attention implementation; changes speed, not results.
         dropout: replaces every dropout rate of the encoder; None keeps the checkpoint's.
+        attention_dropout: replaces the rate of the attention probabilities alone.
 
     Raises:
         StudyError: unknown encoder, missing or damaged weights, hub unreachable, unsupported architecture.
     """
-    auto = AutoModelForQuestionAnswering if kind == "qa" else AutoModelForSequenceClassification
+    auto = _AUTO.get(kind, AutoModelForSequenceClassification)
     config = load_config(encoder)
-    if kind != "qa":
+    if kind not in _AUTO:
         config.num_labels = 1 if kind == "regression" else num_labels
         config.problem_type = "regression" if kind == "regression" else "single_label_classification"
     if dropout is not None:
-        _set_dropout(config, dropout)
+        _set_dropout(config, _DROPOUT, dropout)
+    if attention_dropout is not None:
+        _set_dropout(config, _ATTENTION_DROPOUT, attention_dropout)
     attention = "eager" if config.model_type == "xlnet" else attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -190,9 +196,12 @@ def load_config(encoder: str) -> PreTrainedConfig:
     return config
 
 
-def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "dropout",
-             "attention_dropout", "seq_classif_dropout", "qa_dropout", "summary_last_dropout")  # fmt: skip
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
+_DROPOUT = (*_ATTENTION_DROPOUT, "hidden_dropout_prob", "classifier_dropout", "dropout", "seq_classif_dropout",
+            "qa_dropout", "summary_last_dropout")  # fmt: skip
+
+
+def _set_dropout(config: PreTrainedConfig, names: Iterable[str], rate: float) -> None:
     for name in names:
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, rate)
@@ -201,7 +210,8 @@ def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
 def _unreachable(encoder: str, error: Exception) -> StudyError:
     reason = str(error).splitlines()[0][:160]
     damaged = encoder == "minilm" or Path(encoder).expanduser().is_dir()
-    advice = "save or install it again" if damaged else "offline, use encoder=minilm or a local folder"
+    offline = "offline, use encoder=minilm or a local folder; to ask the hub, set HF_HUB_OFFLINE=0"
+    advice = "save or install it again" if damaged else offline
     return StudyError(f"encoder '{encoder}' could not be loaded ({reason}); {advice}")
 
 
@@ -227,8 +237,8 @@ def layers(model: nn.Module) -> nn.ModuleList:
     raise StudyError(f"{type(model).__name__} has no list of layers known here; use {', '.join(_LAYER_COUNT)}")
 
 
-def layer_parts(layer: nn.Module) -> LayerParts:
-    """The linear maps of one layer.
+def layer_parts(layer: nn.Module, kinds: tuple[type, ...] = (nn.Linear,)) -> LayerParts:
+    """The linear maps of one layer; ``kinds`` are the classes that a map may be of.
 
     Raises:
         StudyError: XLNet and others whose attention is not made of ``nn.Linear``.
@@ -241,7 +251,7 @@ def layer_parts(layer: nn.Module) -> LayerParts:
             parts = [layer.get_submodule(path) for path in paths]
         except AttributeError:
             continue
-        if all(isinstance(part, nn.Linear) for part in parts):
+        if all(isinstance(part, kinds) for part in parts):
             return LayerParts(*parts)  # type: ignore[arg-type]
     raise StudyError(f"{type(layer).__name__} has no query/key/value/FFN linear maps; use BERT, RoBERTa or DistilBERT")
 
@@ -269,7 +279,7 @@ def random_model(shape: str | dict[str, Any], kind: Kind = "qa", seed: int = 0) 
         kind: the head.
     """
     config = copy.deepcopy(ARCHITECTURES[shape]) if isinstance(shape, str) else BertConfig(**shape)
-    auto = AutoModelForQuestionAnswering if kind == "qa" else AutoModelForSequenceClassification
+    auto = _AUTO.get(kind, AutoModelForSequenceClassification)
     attention = "eager" if config.model_type == "xlnet" else "sdpa"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import qa
 from lib.config import StudyError
 from lib.data import QA_FEATURES
+from lib.evaluation import predict
 from lib.surgery import load_compressed
-from lib.training import predict
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, context: str,
@@ -41,7 +41,8 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     outputs = predict(model, tokenizer, features, bf16=False, title="predicting")
     if len(outputs) != 2:
         raise StudyError(f"predict: {type(model).__name__} has no start and end logits; give a model that answers")
-    answers, _ = qa.extract_answers(dataset, features, *outputs, null_threshold=math.inf)
+    starts, ends = outputs
+    answers, _ = qa.extract_answers(dataset, features, starts, ends, null_threshold=math.inf)
     return answers["0"]
 
 

@@ -8,6 +8,8 @@ import os
 import sys
 import time
 
+from lib import distributed
+
 EVERY_S = 15.0
 VARIABLE = "STUDY_PROGRESS"
 
@@ -34,6 +36,8 @@ class Progress:
     def update(self, step: int, note: str = "") -> None:
         """Report ``step`` of ``total``, at most every ``EVERY_S`` seconds (twice a second on a terminal)."""
         now = time.monotonic()
+        if not distributed.is_main():
+            return
         terminal = sys.stderr.isatty() and VARIABLE not in os.environ
         if now - self.last < (0.5 if terminal else EVERY_S):
             return
@@ -48,12 +52,14 @@ class Progress:
 
     def close(self) -> None:
         """Clear the line on a terminal."""
-        if sys.stderr.isatty() and VARIABLE not in os.environ:
+        if distributed.is_main() and sys.stderr.isatty() and VARIABLE not in os.environ:
             print("\r" + " " * 100 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:
     """Report one plain line where progress belongs."""
+    if not distributed.is_main():
+        return
     path = os.environ.get(VARIABLE)
     if path:
         with open(path, "a", encoding="utf-8") as file:

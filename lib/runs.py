@@ -6,11 +6,13 @@ is never overwritten. Two processes may share a results folder: each run is guar
 """
 
 import argparse
+import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +21,11 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from lib import environment
+
+if __name__ == "__main__":
+    environment.reexec_with_fast_allocator()  # here, because the imports below take seconds
+
+from lib import distributed
 from lib.config import Profile, Strict, StudyError, load_profile
 from lib.files import cannot_write, refused_write, write_atomically
 from lib.progress import duration, say
@@ -101,12 +108,14 @@ def cached(profile: Profile, spec: Spec) -> Record | None:
 def _data_digest(profile: Profile, spec: Spec, or_none: bool = False) -> str | None:
     from lib.data import data_digest
 
-    task = getattr(spec, "task", None)
-    if task is None or (or_none and spec.data == "hub"):  # type: ignore[union-attr]
+    task, tasks = getattr(spec, "task", None), getattr(spec, "tasks", ())
+    if (task is None and not tasks) or (or_none and spec.data == "hub"):  # type: ignore[union-attr]
         return None
-    if or_none and spec.data == "local" and profile.data_dir is None:  # type: ignore[union-attr]
+    if or_none and spec.data == "local" and profile.data_dir is None and task not in profile.own_tasks:  # type: ignore[union-attr]
         return None
-    return data_digest(task, spec.data, profile.data_dir)  # type: ignore[union-attr]
+    names = tasks or (str(task),)
+    digests = [data_digest(name, spec.data, profile.data_dir) for name in names]  # type: ignore[union-attr]
+    return digests[0] if task else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
 
 
 def ensure(
@@ -165,9 +174,13 @@ def _note_other_code(records: Iterable[Record]) -> None:
 def hold_lock(profile: Profile, spec: Spec) -> AbstractContextManager[object]:
     """``with hold_lock(…)``: no other process computes this run meanwhile; waits for one that does.
 
+    Of processes that train together the first one holds it for all.
+
     Raises:
         StudyError: the lock cannot be made.
     """
+    if not distributed.is_main():
+        return nullcontext()
     lock = profile.results / "locks" / f"{spec_hash(spec)}.lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -179,8 +192,9 @@ def hold_lock(profile: Profile, spec: Spec) -> AbstractContextManager[object]:
 def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], dict[str, Any]], refresh: bool) -> Record:
     path = record_path(profile, spec)
     with hold_lock(profile, spec):
-        if not refresh and (record := cached(profile, spec)):
-            return record
+        finished = cached(profile, spec) if distributed.is_main() and not refresh else None
+        if distributed.agree(finished is not None):
+            return finished or read_record(path)
         started = time.monotonic()
         try:
             result = execute(spec, profile)
@@ -192,9 +206,10 @@ def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], di
             hash=spec_hash(spec), spec=spec, result=result, data=_data_digest(profile, spec),
             code=environment.code_digest(), commit=environment.git_commit(),
             created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - started, 3),
-            hardware=environment.hardware(), packages=environment.packages(),
+            hardware=environment.hardware() | distributed.description(), packages=environment.packages(),
         )  # fmt: skip
-        write_atomically(path, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+        if distributed.is_main():
+            write_atomically(path, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
     return record
 
 
@@ -229,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for spec in {spec_hash(spec): spec for spec in plan}.values():
                 print("cached " if record_path(profile, spec).exists() else "missing", record_path(profile, spec).name)
             return 0
-        ensure(plan, profile, budget_minutes=budget, title=" ".join(options.what))
+        ensure(plan, profile, budget_minutes=budget, title=" ".join(Path(what).stem for what in options.what))
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -253,5 +268,8 @@ def _read_spec(path: Path, plans: list[str]) -> Spec:
 
 
 if __name__ == "__main__":
-    environment.reexec_with_fast_allocator()
-    sys.exit(main())
+    if not distributed.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    code = main()
+    distributed.leave()
+    sys.exit(code)

@@ -5,6 +5,7 @@ No path and no machine is part of a spec, so a record made elsewhere is found he
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -12,17 +13,40 @@ from pydantic import Field, TypeAdapter, ValidationError
 from lib.compressors import CompressorSpec
 from lib.config import Profile, Strict, StudyError
 from lib.distillation import Distillation
+from lib.kronecker_models import KroneckerShapes
 from lib.training import TrainingSettings
+from lib.translation import TranslationShape
 
 DataSource = Literal["embedded", "local", "hub"]
+
+
+class UpstreamSpec(Strict):
+    """Masked language modelling on a task's unlabelled text, pruned on the way (Kurtic et al. 2022, section 4.2).
+
+    Fields as ``TrainSpec``'s; ``masked`` is the share of tokens to predict. Without a compressor it is the dense
+    language model that others start and distil from.
+    """
+
+    kind: Literal["upstream"] = "upstream"
+    task: str
+    data: DataSource
+    encoder: str
+    seed: int = Field(ge=0)
+    training: TrainingSettings
+    compressor: CompressorSpec | None = None
+    masked: float = Field(gt=0, lt=1)
+    start: "UpstreamSpec | None" = None
+    distillation: Distillation | None = None
+    teacher: "UpstreamSpec | None" = None
 
 
 class TrainSpec(Strict):
     """Fine-tune an encoder on a task, compress it on the way, and measure its quality.
 
-    ``start`` is the finished run whose weights to begin with (None: the pre-trained encoder), ``teacher`` the one to
-    distil from, ``informed_by`` the runs whose results the compressor decides by. No compressor is the dense baseline;
-    ``training.epochs`` 0 only compresses and measures.
+    ``start`` is the finished run whose weights to begin with (None: the pre-trained encoder; of
+    an upstream run the encoder alone, under a fresh head), ``teacher`` the one to distil from, ``informed_by`` the runs
+    whose results the compressor decides by. No compressor is the dense baseline; ``training.epochs`` 0 only compresses
+    and measures.
     """
 
     kind: Literal["train"] = "train"
@@ -32,10 +56,35 @@ class TrainSpec(Strict):
     seed: int = Field(ge=0)
     training: TrainingSettings
     compressor: CompressorSpec | None = None
-    start: "TrainSpec | None" = None
+    start: "TrainSpec | TextDistillationSpec | UpstreamSpec | None" = None
     distillation: Distillation | None = None
     teacher: "TrainSpec | None" = None
     informed_by: "tuple[TrainSpec | ImportanceSpec, ...]" = ()
+
+
+class TextDistillationSpec(Strict):
+    """Distil a compressed encoder from the pre-trained one on text without labels (Tahaei et al. 2021, first stage).
+
+    The text is what the training splits of ``tasks`` ask a model to read, ``training.train_examples`` of each at most.
+    A run that starts with this one puts the encoder under the head of its own task.
+    """
+
+    kind: Literal["text_distillation"] = "text_distillation"
+    tasks: tuple[str, ...] = Field(min_length=1)
+    data: DataSource
+    encoder: str
+    seed: int = Field(ge=0)
+    training: TrainingSettings
+    compressor: CompressorSpec
+    distillation: Distillation
+
+
+class FactorisationSpec(Strict):
+    """How near Kronecker products come to a pre-trained encoder's weights, for several shapes; nothing is trained."""
+
+    kind: Literal["factorisation"] = "factorisation"
+    encoder: str
+    shapes: dict[str, KroneckerShapes]
 
 
 class ImportanceSpec(Strict):
@@ -71,17 +120,43 @@ class ContributionSpec(Strict):
 class LatencyModel(Strict):
     """A model to time: a named architecture with random weights or an encoder, with layers dropped.
 
-    ``shapes`` gives the (heads, FFN units) that each remaining layer keeps; empty means all of them.
+    ``shapes`` gives the (heads, FFN units) that each remaining layer keeps; empty means all of them. ``kronecker`` puts
+    random factors in the place of the encoder's weights. ``sparsity`` is the share of the layers' linear weights that a
+    random mask sets to zero, singly or in runs of ``group`` along a row. ``attention_densities`` is the share of blocks
+    of ``attention_block`` (rows, columns) that are not zero in each layer's attention; empty means all.
     """
 
     architecture: str
     drop: tuple[int, ...] = ()
     shapes: tuple[tuple[int, int], ...] = ()
     head: Literal["qa", "classification"] = "qa"
+    kronecker: KroneckerShapes | None = None
+    sparsity: float = Field(default=0.0, ge=0, lt=1)
+    group: Literal[1, 4] = 1
+    attention_block: tuple[int, int] = (32, 32)
+    attention_densities: tuple[float, ...] = ()
+
+
+class EngineQualitySpec(Strict):
+    """Quality of a finished run's model as an engine runs it: what the engine's precision costs.
+
+    ``calibration`` training examples are shown to engines that range activations beforehand.
+    """
+
+    kind: Literal["engine_quality"] = "engine_quality"
+    task: str
+    data: DataSource
+    start: TrainSpec
+    engine: str
+    threads: int = Field(ge=1)
+    calibration: int = Field(default=64, ge=1)
 
 
 class LatencySpec(Strict):
-    """Latency of models on engines, all interleaved in one run. ``dense`` names the model that ratios refer to."""
+    """Latency of models on engines, all interleaved in one run. ``dense`` names the model that ratios refer to.
+
+    Ratios compare with the dense model on the same engine, or on ``reference`` where one is given.
+    """
 
     kind: Literal["latency"] = "latency"
     models: dict[str, LatencyModel]
@@ -91,16 +166,34 @@ class LatencySpec(Strict):
     length: int = Field(ge=1)
     threads: int = Field(ge=1)
     rounds: int = Field(ge=1)
+    reference: str | None = None
+
+
+class FisherCostSpec(Strict):
+    """Cost of oBERT's block Fisher of ``width`` on ``weights`` weights, and on all of the encoder ``full``.
+
+    ``gradients`` is what the projection to BERT-base is for.
+    """
+
+    kind: Literal["fisher_cost"] = "fisher_cost"
+    weights: int = Field(ge=1)
+    width: int = Field(ge=1)
+    gradients: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+    full: str = ""
 
 
 class TrainingSpeedSpec(Strict):
     """Fine-tuning speed and peak memory of models with random weights, interleaved step by step.
 
-    ``frozen_embeddings`` False trains everything, as the paper does.
+    ``frozen_embeddings`` False trains everything, as the paper does. ``compressors`` names the models that train with
+    one.
     """
 
     kind: Literal["training_speed"] = "training_speed"
     models: dict[str, LatencyModel]
+    compressors: dict[str, CompressorSpec] = Field(default_factory=dict)
     dense: str
     batch: int = Field(ge=1)
     length: int = Field(ge=1)
@@ -124,7 +217,56 @@ class StockComparisonSpec(Strict):
     threads: int = Field(ge=1)
 
 
-Spec = TrainSpec | ImportanceSpec | ContributionSpec | LatencySpec | TrainingSpeedSpec | StockComparisonSpec
+class TranslationSpec(Strict):
+    """Train an encoder-decoder on a translation task, compress it on the way, and measure BLEU on its test split.
+
+    ``start`` is the finished run whose weights and vocabulary to begin with (None: random weights and a vocabulary
+    trained on the training split). ``beams`` and ``length_penalty`` are of the search that "score" is measured with;
+    greedy search is measured beside it.
+    """
+
+    kind: Literal["translation"] = "translation"
+    task: str
+    data: DataSource
+    seed: int = Field(ge=0)
+    shape: TranslationShape
+    training: TrainingSettings
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    beams: int = Field(default=5, ge=1)
+    length_penalty: float = Field(default=1.0, ge=0)
+    compressor: CompressorSpec | None = None
+    start: "TranslationSpec | None" = None
+
+
+class TranslationLatencySpec(Strict):
+    """Latency of one teacher-forced pass of a translation model with random weights, source and target ``length``
+    tokens each, on engines in their own precision, all interleaved in one run. Ratios compare with the first engine.
+    """
+
+    kind: Literal["translation_latency"] = "translation_latency"
+    shape: TranslationShape
+    engines: tuple[str, ...] = Field(min_length=1)
+    batch: int = Field(ge=1)
+    length: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+
+
+Spec = (
+    TrainSpec
+    | UpstreamSpec
+    | FisherCostSpec
+    | ImportanceSpec
+    | EngineQualitySpec
+    | ContributionSpec
+    | LatencySpec
+    | TrainingSpeedSpec
+    | StockComparisonSpec
+    | TranslationSpec
+    | TranslationLatencySpec
+    | TextDistillationSpec
+    | FactorisationSpec
+)
 _ADAPTER: TypeAdapter[Spec] = TypeAdapter(Annotated[Spec, Field(discriminator="kind")])
 
 
@@ -156,15 +298,59 @@ def label(spec: Spec) -> str:
         if "drop" in settings:
             parts.append("-".join(map(str, settings["drop"])))
         parts += [f"{kind}{density:g}" for kind, density in settings.get("densities", {}).items()]
+        parts += [f"{100 * settings['sparsity']:g}"] if "sparsity" in settings else []
+        parts += [f"runs{settings['group']}"] if settings.get("group", 1) > 1 else []
+        parts += [settings["importance"]] if settings.get("importance") in ("magnitude", "movement") else []
         if spec.compressor and spec.compressor.name == "structured":
             sources = [getattr(source, "method", "l0") for source in spec.informed_by[:1]]
             parts += [settings.get("importance", ""), *sources, "trained" if spec.training.epochs else ""]
+        parts += [_factors(settings), "text" if isinstance(spec.start, TextDistillationSpec) else ""]
+        parts += [_blocks(spec.compressor)]
         return "_".join([*filter(None, parts), f"seed{spec.seed}"])
+    if isinstance(spec, TextDistillationSpec):
+        return f"{spec.compressor.name.rpartition(':')[2]}_{_factors(spec.compressor.settings)}_seed{spec.seed}"
+    if isinstance(spec, FactorisationSpec):
+        return Path(spec.encoder).name
+    if isinstance(spec, TranslationSpec):
+        name = spec.compressor.name.rpartition(":")[2] if spec.compressor else "dense"
+        settings = spec.compressor.settings if spec.compressor else {}
+        bits = f"{settings['bits']}bit_" if "bits" in settings else ""
+        return "_".join(filter(None, [spec.task, name, _blocks(spec.compressor), f"{bits}seed{spec.seed}"]))
     if isinstance(spec, ImportanceSpec):
         return f"{spec.task}_{spec.method}_seed{spec.start.seed}"
+    if isinstance(spec, TranslationLatencySpec):
+        shape = spec.shape
+        return f"{shape.hidden_size}x{shape.layers}_batch{spec.batch}_length{spec.length}"
+    if isinstance(spec, EngineQualitySpec):
+        return f"{spec.engine}_{label(spec.start)}"
+    if isinstance(spec, FisherCostSpec):
+        return f"width{spec.width}"
+    if isinstance(spec, UpstreamSpec):
+        sparsity = 100 * spec.compressor.settings.get("sparsity", 0) if spec.compressor else 0
+        return f"{spec.task}_{f'pruned_{sparsity:g}' if sparsity else 'dense'}_seed{spec.seed}"
     if isinstance(spec, ContributionSpec | StockComparisonSpec):
         return spec.task
     return f"{spec.dense}_batch{spec.batch}_length{spec.length}"
+
+
+def _blocks(compressor: CompressorSpec | None) -> str:
+    """Variant, block and strength of block movement pruning, for a label; empty for other compressors."""
+    if compressor is None or compressor.name != "block_movement":
+        return ""
+    settings = compressor.settings
+    block = "x".join(map(str, settings.get("block", ())))
+    names = [name for name in ("final_lambda", "density") if name in settings]
+    strength = [f"{name.removeprefix('final_')}{settings[name]:g}" for name in names]
+    return "-".join([settings.get("variant", "hybrid"), block, *strength])
+
+
+def _factors(settings: dict[str, Any]) -> str:
+    """Shapes of Kronecker factors, for a label; empty for other compressors."""
+    if "embedding" not in settings or "attention" not in settings:
+        return ""
+    shapes = ["x".join(map(str, settings[kind])) for kind in ("attention", "ffn")]
+    extra = [settings.get("initialisation", "")] if settings.get("initialisation") == "random" else []
+    return "-".join([*shapes, str(settings["embedding"]), *extra])
 
 
 def training_settings(profile: Profile, task: str, **changes: Any) -> TrainingSettings:
@@ -175,9 +361,8 @@ def training_settings(profile: Profile, task: str, **changes: Any) -> TrainingSe
     """
     if task not in profile.tasks:
         raise StudyError(f"profile {profile.name} has no task '{task}'; it has {', '.join(profile.tasks)}")
-    values = profile.tasks[task].model_dump(exclude={"seeds"}) | profile.training.model_dump(
-        exclude={"checkpoint_minutes"}
-    )
+    defaults = profile.training.model_dump(exclude={"checkpoint_minutes"})
+    values = defaults | profile.tasks[task].model_dump(exclude={"seeds"}, exclude_none=True)
     try:
         return TrainingSettings.model_validate(values | changes)
     except ValidationError as error:
@@ -194,7 +379,10 @@ def dense_spec(profile: Profile, task: str, seed: int) -> TrainSpec:
 
 
 def data_source(profile: Profile, task: str) -> DataSource:
-    """Where a task's data come from: the embedded corpus for ``world_*`` tasks, else what the profile says."""
+    """Where a task's data come from: the embedded corpus for ``world_*`` tasks, files for a user's own, else what the
+    profile says."""
+    if task in profile.own_tasks:
+        return "local"
     if task.startswith("world_"):
         return "embedded"
     if profile.data == "embedded":

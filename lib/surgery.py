@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,8 +28,14 @@ from transformers import (
 
 from lib.config import StudyError
 from lib.gates import head_size
+from lib.int8_linear import Int8Linear
+from lib.kronecker import KroneckerLinear
+from lib.kronecker_models import apply_factor_shapes, factor_shapes, kronecker_modules
 from lib.models import COMPRESSION_FILE as SHAPES
 from lib.models import layer_count, layer_parts, layers, remove_layers
+from lib.quantized_layers import is_quantized
+from lib.quantized_storage import DESCRIPTION as GRIDS
+from lib.quantized_storage import load_quantized, save_quantized
 
 WEIGHTS = "compressed.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -72,14 +79,23 @@ def cut(model: PreTrainedModel, heads: Sequence[Sequence[int]] | None = None,
     for number, layer in enumerate(stack):
         parts = layer_parts(layer)
         if heads is not None:
-            inner = _columns(heads[number], parts.value.out_features // size, size, f"layer {number + 1}, heads")
-            for linear in (parts.query, parts.key, parts.value):
-                _keep(linear, rows=inner)
-            _keep(parts.attention_output, columns=inner)
+            inward = (parts.query, parts.key, parts.value)
+            cut_between(inward, parts.attention_output, heads[number], size, f"layer {number + 1}, heads")
         if units is not None:
-            inner = _columns(units[number], parts.ffn_in.out_features, 1, f"layer {number + 1}, units")
-            _keep(parts.ffn_in, rows=inner)
-            _keep(parts.ffn_out, columns=inner)
+            cut_between((parts.ffn_in,), parts.ffn_out, units[number], 1, f"layer {number + 1}, units")
+
+
+@torch.no_grad()
+def cut_between(inward: Sequence[nn.Linear], outward: nn.Linear, kept: Sequence[int], size: int, where: str) -> None:
+    """Keep some groups of ``size`` features between linear maps, in place: rows of ``inward``, columns of ``outward``.
+
+    Raises:
+        StudyError: an index in ``kept`` that does not exist; ``where`` begins the message.
+    """
+    inner = _columns(kept, outward.in_features // size, size, where)
+    for linear in inward:
+        _keep(linear, rows=inner)
+    _keep(outward, columns=inner)
 
 
 def even_shapes(config: PreTrainedConfig, head_density: float, unit_density: float) -> tuple[tuple[int, int], ...]:
@@ -132,7 +148,7 @@ def forget_parameters(optimizer: Any, gone: Iterable[nn.Parameter]) -> None:
 
 def layer_shapes(model: PreTrainedModel) -> list[dict[str, int]]:
     """Widths of every layer: ``attention`` = heads * head_size, ``units`` = FFN units."""
-    parts = [layer_parts(layer) for layer in layers(model)]
+    parts = [layer_parts(layer, (nn.Linear, KroneckerLinear)) for layer in layers(model)]
     return [{"attention": part.value.out_features, "units": part.ffn_in.out_features} for part in parts]
 
 
@@ -158,6 +174,8 @@ def apply_shapes(model: PreTrainedModel, shapes: list[dict[str, int]]) -> None:
 
 def _is_uniform(model: PreTrainedModel) -> bool:
     """Whether transformers' own config describes this model, so that ``from_pretrained`` is right for it."""
+    if kronecker_modules(model):
+        return False
     if model.config.model_type == "xlnet":
         return True
     config = model.config
@@ -174,24 +192,31 @@ def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         The folder.
 
     Raises:
-        StudyError: the folder cannot be written.
+        StudyError: the folder cannot be written, or the model computes in simulated INT8, which no loader rebuilds.
     """
     folder = Path(folder)
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise StudyError("a model in simulated INT8 is not saved; keep the sparse model that it was made from")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in (SHAPES, INDEX, WEIGHTS, "model.safetensors"):  # of another model that was saved here
+        for stale in (SHAPES, INDEX, WEIGHTS, GRIDS, "model.safetensors"):  # of another model that was saved here
             (folder / stale).unlink(missing_ok=True)
         tokenizer.save_pretrained(folder)
-        if _is_uniform(model):
+        if _is_uniform(model) and not is_quantized(model):
             model.save_pretrained(folder)
             return folder
         config = model.config.to_dict() | {"architectures": [type(model).__name__]}
         shapes = {"format": 1, "config": config, "layers": layer_shapes(model)}
+        if factors := factor_shapes(model):
+            shapes["factors"] = factors
         (folder / SHAPES).write_text(json.dumps(shapes, indent=1), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps({"model_type": model.config.model_type}), encoding="utf-8")
         guard = {"metadata": {"total_size": 0}, "weight_map": {GUARD: f"{GUARD}.safetensors"}}
         (folder / INDEX).write_text(json.dumps(guard, indent=1), encoding="utf-8")
-        safetensors.torch.save_model(model, str(folder / WEIGHTS))
+        if is_quantized(model):
+            save_quantized(model, folder / WEIGHTS)
+        else:
+            safetensors.torch.save_model(model, str(folder / WEIGHTS))
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StudyError(f"cannot save the model to {folder} ({reason}); free some space or give another") from None
@@ -199,9 +224,11 @@ def save_compressed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _auto_class(config: Any) -> Any:
-    """The auto class of the head that a config's ``architectures`` names."""
-    qa = "QuestionAnswering" in (config.architectures or [""])[0]
-    return AutoModelForQuestionAnswering if qa else AutoModelForSequenceClassification
+    """The auto class of the head that a config's ``architectures`` names; of the bare encoder for ``BertModel``."""
+    name = (config.architectures or [""])[0]
+    if name.endswith("Model"):
+        return AutoModel
+    return AutoModelForQuestionAnswering if "QuestionAnswering" in name else AutoModelForSequenceClassification
 
 
 def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -226,9 +253,13 @@ def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
         config = AutoConfig.for_model(**saved["config"])
         model = _auto_class(config).from_config(config)
         apply_shapes(model, saved["layers"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        apply_factor_shapes(model, saved.get("factors", {}))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, StudyError) as error:
         reason = str(error).splitlines()[0][:160]
         raise StudyError(f"{folder / SHAPES} is damaged ({reason}); save the model again") from None
+    if (folder / GRIDS).is_file():
+        load_quantized(model, folder / WEIGHTS)
+        return model.eval(), tokenizer
     try:
         safetensors.torch.load_model(model, str(folder / WEIGHTS))
     except (RuntimeError, OSError, safetensors.SafetensorError) as error:

@@ -56,12 +56,13 @@ def markdown_table(frame: pd.DataFrame, formats: Formats | None = None) -> str:
 
 def latex_table(frame: pd.DataFrame, caption: str, label: str, formats: Formats | None = None) -> str:
     """``frame`` as a LaTeX table with booktabs rules, everything escaped."""
-    cells = _formatted(frame, formats).map(_latex)
-    cells.columns = [_latex(str(column)) for column in frame.columns]
+    cells = _formatted(frame, formats).map(latex_text)
+    cells.columns = [latex_text(str(column)) for column in frame.columns]
     columns = "".join("r" if numeric else "l" for numeric in _numeric(frame))
     return cells.to_latex(
-        index=False, escape=False, caption=_latex(caption.strip()), label=label, column_format=columns, position="tbp"
-    )
+        index=False, escape=False, caption=latex_text(caption.strip()), label=label, column_format=columns,
+        position="tbp",
+    )  # fmt: skip
 
 
 def _numeric(frame: pd.DataFrame) -> list[bool]:
@@ -96,5 +97,6 @@ _LATEX = str.maketrans(
 )  # fmt: skip
 
 
-def _latex(text: str) -> str:
+def latex_text(text: str) -> str:
+    """``text`` with everything that means something to LaTeX escaped."""
     return text.translate(_LATEX)

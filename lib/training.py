@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset
@@ -23,7 +22,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import (
-    BatchEncoding,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,8 +34,8 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from lib import metrics, qa
-from lib.compressors.base import Compressor
+from lib import distributed, qa
+from lib.compressors.base import Compressor, Diverged
 from lib.config import Strict, StudyError
 from lib.data import Task
 from lib.distillation import Distiller
@@ -46,7 +44,6 @@ from lib.models import base_model
 from lib.progress import Progress
 from lib.surgery import forget_parameters
 
-EVAL_BATCH = 64
 STATE_FILE = "trainer_state.json"
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -65,6 +62,7 @@ class TrainingSettings(Strict):
     train_examples: int | None = None
     eval_examples: int | None = None
     dropout: float = 0.0
+    attention_dropout: float | None = None  # None: as dropout
     freeze_embeddings: bool = True
     attention: str = "eager"
     precision: str = "auto"
@@ -144,7 +142,8 @@ class StudyTrainer(Trainer):
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return GroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed)
+        whole_batch = self.args.train_batch_size * distributed.processes()
+        return GroupedSampler(self.lengths, whole_batch, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -153,11 +152,24 @@ class StudyTrainer(Trainer):
             optimizer.add_param_group(group)
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The trainer's linear warm-up and decay, or the compressor's own learning rate."""
+        factor = self.compressor.learning_rate_factor
+        if factor(0.0) is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,  # type: ignore[arg-type]
+                lambda step: factor(min(1.0, step / num_training_steps)) or 0.0,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         needs = self.distiller.needs if self.distiller else {}
         output = model(**inputs, **needs)
-        loss = output.loss
+        loss: Any = getattr(output, "loss", None)  # a bare encoder has none, and learns from its teacher alone
         if self.distiller:
             with self.accelerator.autocast():
                 loss = self.distiller.loss(output, loss, inputs)
@@ -190,14 +202,15 @@ class StudyCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.reporter.update(state.global_step)
-        if time.monotonic() - self.saved > self.interval and state.global_step < state.max_steps:
+        due = time.monotonic() - self.saved > self.interval and state.global_step < state.max_steps
+        if distributed.agree(due):
             control.should_save = True
             self.saved = time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None,
                **_: Any) -> None:  # fmt: skip
         if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise StudyError(f"training diverged: loss {logs['loss']} at step {state.global_step}; lower learning_rate")
+            raise Diverged(f"training diverged: loss {logs['loss']} at step {state.global_step}; lower learning_rate")
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -220,6 +233,7 @@ def fine_tune(
     distiller: Distiller | None = None,
     title: str = "training",
     checkpoint_minutes: float = 5.0,
+    collator: Any = None,
 ) -> TrainingOutcome:
     """Train ``model`` in place, resuming from ``folder``'s last checkpoint when there is one.
 
@@ -228,15 +242,17 @@ def fine_tune(
         folder: for checkpoints; the caller removes it once what it makes of the model is safe.
         compressor: already attached to ``model``.
         checkpoint_minutes: minutes between checkpoints.
+        collator: rows of ``features`` -> padded batch; None pads what the tokenizer knows.
 
     Raises:
-        StudyError: the loss stopped being finite.
+        Diverged: the loss stopped being finite.
     """
     compressor = compressor or Compressor(None)
     if settings.freeze_embeddings:
         freeze_embeddings(model)
     steps = max(1, math.ceil(len(features) / settings.batch_size * settings.epochs))
     bf16 = use_bf16(settings.precision)
+    distributed.join()
     callback = StudyCallback(compressor, Progress(title, steps), checkpoint_minutes)
     checkpoint = last_checkpoint(folder)
     if checkpoint:
@@ -246,11 +262,14 @@ def fine_tune(
         callback.reporter.resumed_at(checkpoint[1]["global_step"])
     if distiller:
         distiller.teacher.to(device())
+    arguments = _arguments(folder, settings, steps, seed, bf16)
+    if distributed.processes() > 1:
+        arguments.ddp_find_unused_parameters = type(compressor) is not Compressor  # it may close parts of the model
     trainer = StudyTrainer(
         model=model,
-        args=_arguments(folder, settings, steps, seed, bf16),
+        args=arguments,
         train_dataset=features,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator or DataCollatorWithPadding(tokenizer),
         compressor=compressor,
         distiller=distiller,
         lengths=features["length"],
@@ -263,6 +282,7 @@ def fine_tune(
     trainer.train(resume_from_checkpoint=str(checkpoint[0]) if checkpoint else None)
     seconds = callback.seconds
     callback.reporter.close()
+    distributed.check_equal(model.parameters(), title)
     history = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingOutcome(
         seconds=seconds, steps=steps, examples=steps * settings.batch_size,
@@ -281,10 +301,10 @@ def freeze_embeddings(model: PreTrainedModel) -> None:
 
 
 def _arguments(folder: Path, settings: TrainingSettings, steps: int, seed: int, bf16: bool) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=distributed.share_of(settings.batch_size),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=math.ceil(steps * settings.warmup),
@@ -304,53 +324,6 @@ def _arguments(folder: Path, settings: TrainingSettings, steps: int, seed: int, 
         dataloader_pin_memory=device().type == "cuda",
         remove_unused_columns=True,
     )
-
-
-@torch.inference_mode()
-def predict(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features: Dataset, bf16: bool,
-            title: str = "evaluating") -> list[list[np.ndarray]]:  # fmt: skip
-    """All logits of a model, in the order of ``features``: one list of (tokens or labels,) arrays per output.
-
-    Batches are made of features of similar length, so padding costs little.
-    """
-    model.eval().to(device())
-    wanted = [name for name in tokenizer.model_input_names if name in features.column_names]
-    rows = features.select_columns(wanted)
-    order = np.argsort(features["length"], kind="stable")[::-1]
-    collate, progress = DataCollatorWithPadding(tokenizer), Progress(title, len(features))
-    outputs: list[list[np.ndarray | None]] = []
-    for start in range(0, len(order), EVAL_BATCH):
-        chosen = order[start : start + EVAL_BATCH]
-        batch = BatchEncoding(collate([rows[int(i)] for i in chosen])).to(device())
-        with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
-            output = model(**batch)
-        logits = [output[k] for k in ("logits", "start_logits", "end_logits") if k in output]
-        outputs = outputs or [[None] * len(features) for _ in logits]
-        masks = batch["attention_mask"].cpu().numpy().astype(bool)
-        per_token = "start_logits" in output
-        for store, values in zip(outputs, logits, strict=True):
-            for i, row, real in zip(chosen, values.float().cpu().numpy(), masks, strict=True):
-                store[i] = row[real] if per_token else row
-        progress.update(start + len(chosen))
-    progress.close()
-    return outputs  # type: ignore[return-value]
-
-
-def evaluate_model(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, dataset: Dataset,
-                   features: Dataset, settings: TrainingSettings,
-                   title: str = "evaluating") -> dict[str, Any]:  # fmt: skip
-    """Metrics of a model on a split, in percent; ``score`` is the task's main one.
-
-    Args:
-        features: ``encode`` of ``dataset``, with ``training=False``.
-    """
-    logits = predict(model, tokenizer, features, use_bf16(settings.precision), title)
-    if task.kind == "qa":
-        starts, ends = logits
-        answers, null_scores = qa.extract_answers(
-            dataset, features, starts, ends, null_threshold=math.inf, unanswerable=task.unanswerable
-        )
-        return metrics.score(task.name, answers, dataset, null_scores if task.unanswerable else None)
-    values = np.stack(logits[0])
-    predictions = values[:, 0] if task.kind == "regression" else values.argmax(-1)
-    return metrics.score(task.name, predictions.tolist(), dataset["label"])
+    # One process on a machine with several GPUs would otherwise train on all of them, with as many times the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

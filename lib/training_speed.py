@@ -22,11 +22,11 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, Trai
 
 from lib import environment
 from lib.agreement import random_batch
-from lib.compressors.base import Compressor
+from lib.compressors import Compressor, CompressorSpec, make_compressor
 from lib.config import StudyError, load_profile
 from lib.memory import peak_memory
 from lib.models import load_model, load_tokenizer, random_model
-from lib.surgery import drop_layers
+from lib.surgery import drop_layers, forget_parameters
 from lib.training import StudyTrainer, device, freeze_embeddings
 
 # Each variant adds one setting to the one before it. The second field: does it change the result, or only the speed?
@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "+ batches of similar length (ours)": ({"grouped": True}, "speed only, apart from which examples share a batch"),
 }
 STOCK_BF16 = "+ bf16 autocast"
+RUN_STEPS = 2000  # of the run that a timed step belongs to: what a compressor does now and then has its share
 
 
 @contextlib.contextmanager
@@ -54,18 +55,25 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 class Step:
-    """One full training step of a model with random weights: forward, backward, clipping, AdamW."""
+    """One full training step of a model with random weights: compressor, forward, backward, clipping, AdamW."""
 
     def __init__(self, architecture: str, drop: list[int], head: str, batch: int, length: int, bf16: bool,
-                 frozen_embeddings: bool) -> None:  # fmt: skip
+                 frozen_embeddings: bool, compressor: dict[str, Any] | None = None) -> None:  # fmt: skip
         self.model: PreTrainedModel = random_model(architecture, head)  # type: ignore[arg-type]
         drop_layers(self.model, drop)
+        self.compressor, self.taken = Compressor(None), 0
+        if compressor:
+            self.compressor = make_compressor(CompressorSpec.model_validate(compressor))
+        self.compressor.attach(self.model)
         self.model.train().to(device())
         if frozen_embeddings:
             freeze_embeddings(self.model)
         self.bf16 = bf16
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
+        for group in self.compressor.parameter_groups():
+            forget_parameters(self.optimizer, group["params"])
+            self.optimizer.add_param_group(group)
         arrays = random_batch(batch, length, self.model.config.vocab_size)
         targets = ("labels",) if head == "classification" else ("start_positions", "end_positions")
         inputs = {name: torch.as_tensor(value) for name, value in arrays.items()}
@@ -74,15 +82,18 @@ class Step:
 
     def __call__(self) -> float:
         """Take the step; returns its seconds."""
+        progress = 0.5 + self.taken / RUN_STEPS
         start = time.perf_counter()
+        self.compressor.step(progress, self)  # type: ignore[arg-type]  # no Trainer, but it has an optimizer too
         with torch.autocast(device().type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(**self.inputs).loss
-        loss.backward()
+        (loss + self.compressor.penalty(progress)).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if device().type == "cuda":
             torch.cuda.synchronize()
+        self.taken += 1
         return time.perf_counter() - start
 
 
@@ -98,7 +109,7 @@ def training_steps(models: dict[str, dict[str, Any]], dense: str, batch: int, le
     """Examples per second of full training steps, interleaved step by step, and each model's peak memory.
 
     Args:
-        models: name -> ``architecture``, ``drop`` and ``head``.
+        models: name -> ``architecture``, ``drop``, ``head``, and the ``compressor`` that it trains with, if any.
         dense: the name that ratios refer to.
 
     Returns:
@@ -290,5 +301,36 @@ def training_report(options: Any) -> str:
         f"{profile.encoder} on {result['examples']} features of {spec.task}, {result['mean_length']:.0f} tokens on "
         f"average, batch {spec.batch}, {spec.threads} threads, {spec.rounds} interleaved rounds, "
         f"{environment.hardware()['cpu']}",
+        "", table,
+    ])  # fmt: skip
+
+
+def overhead_report(options: Any) -> str:
+    """Cost of training with blocks' scores and masks, as ``python -m lib.benchmark overhead`` asks; the printed table.
+
+    Args:
+        options: ``profile``, ``batch``, ``length``, ``rounds``, ``threads``, each but the first None for the profile's.
+
+    Raises:
+        StudyError: impossible value, unknown profile.
+    """
+    from lib.experiments import run_training_speed
+    from lib.plans import training_overhead
+
+    fields = ("batch", "length", "rounds", "threads")
+    changes = {field: value for field in fields if (value := getattr(options, field)) is not None}
+    for field, value in changes.items():
+        if value < 1:
+            raise StudyError(f"--{field}: found {value}, expected 1 or more")
+    spec = training_overhead(load_profile(options.profile)).model_copy(update=changes)
+    cells = [[
+        row["name"], f"{row['median_ms']:.0f}", f"{row['q1_ms']:.0f}–{row['q3_ms']:.0f}",
+        f"{1 / row['ratio_to_dense']:.2f} ({1 / row['ratio_q3']:.2f}–{1 / row['ratio_q1']:.2f})",
+    ] for row in run_training_speed(spec)["rows"]]  # fmt: skip
+    headers = ("trained with", "ms per step", "quartiles", "× dense (quartiles)")
+    table = tabulate(cells, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 3))
+    return "\n".join([
+        f"{spec.models['dense'].architecture}, batch {spec.batch}, {spec.length} tokens, {spec.threads} threads, "
+        f"{spec.rounds} interleaved rounds, bf16 autocast, {environment.hardware()['cpu']}",
         "", table,
     ])  # fmt: skip

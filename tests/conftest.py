@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
     XLNetConfig,
 )
 
+from lib.gates import gate_shapes
 from lib.models import load_model, load_tokenizer
 
 torch.set_num_threads(1)  # models this small gain nothing from two, and lose a lot on a busy machine
@@ -85,6 +86,20 @@ def padded_batch(architecture: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+@torch.no_grad()
+def span_logits(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Start and end logits at the real tokens, (2, tokens)."""
+    output, real = model(**batch), batch["attention_mask"].bool()
+    return torch.stack([output.start_logits[real], output.end_logits[real]])
+
+
+def random_gates(model: PreTrainedModel, kinds: Sequence[Any], seed: int = 3) -> dict[str, list[torch.Tensor]]:
+    """Gate values in 0 to 1, about a fifth of them 0, different in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {kind: [torch.rand(n, generator=generator) for n in gate_shapes(model, kind)] for kind in kinds}
+    return {kind: [torch.where(row < 0.2, 0.0, row) for row in rows] for kind, rows in drawn.items()}
+
+
 @pytest.fixture
 def profile_file(tmp_path: Path) -> Callable[..., Path]:
     """Writes a profile that trains in a second; dotted keyword arguments change it, ``None`` removes a key."""
@@ -115,11 +130,52 @@ def small_profile(results: Path) -> dict[str, Any]:
         "training": {"dropout": 0.0, "freeze_embeddings": True, "attention": "eager", "precision": "fp32",
                      "warmup": 0.0, "weight_decay": 0.01, "max_grad_norm": 1.0, "checkpoint_minutes": 5},
         "tasks": {"world_sentiment": sentences},
+        "translation": {"world_translation": {
+            "vocabulary": 320, "hidden_size": 16, "layers": 1, "heads": 2, "units": 32, "epochs": 1, "batch_size": 16,
+            "learning_rate": 3e-3, "warmup": 0.0, "dropout": 0.0, "label_smoothing": 0.1, "max_length": 40, "beams": 2,
+            "length_penalty": 1.0, "train_examples": 64, "eval_examples": 6, "seeds": 1,
+        }},
         "latency": {"engines": ["pytorch-fp32"], "threads": 1, "batches": [1], "lengths": [16], "rounds": 1,
                     "comparison_examples": 32,
                     "base_shape": "tiny"},
         "layer_dropping": {"k": [2], "strategies": ["top"], "thresholds": [0.9], "grid_tasks": ["world_sentiment"],
-                           "half_tasks": [], "ablation_k": [2], "ablation_tasks": []},
+                           "half_tasks": [], "speed_k": [2], "ablation_k": [2], "ablation_tasks": []},
+        "frontier": {"task": "world_qa", "layers_dropped": [0, 2], "operating_points": [[1, 1]],
+                     "engines": ["onnxruntime-int8"], "reference": "pytorch-fp32", "batch": 1, "length": 16},
+        "kronecker": {
+            "configurations": ["kron8"], "untrained": ["kron8"], "tasks": ["world_sentiment"], "epoch_factor": 1,
+            "epochs": {}, "learning_rate": 1e-3,
+            "text_tasks": ["world_sentiment", "world_qa"], "text_examples": 16, "text_held_out": 8, "text_epochs": 1,
+            "text_batch_size": 8, "text_learning_rate": 1e-3, "text_max_length": 64, "ablations": ["no_text"],
+            "ablation_tasks": ["world_sentiment"], "error_terms": [1], "speed_shape": "tiny",
+            "speed_engines": ["pytorch-fp32"], "speed_batches": [1], "speed_length": 16,
+        },
+        "obert": {
+            "task": "world_sentiment", "train_examples": 32, "sparsities": [0.8], "short_epochs": 1, "long_epochs": 1,
+            "prunings": 3, "first_step": 0.5, "learning_rate": 1e-3, "gradients": 4, "gradient_batch": 4,
+            "widths": [16, 16], "dampening": 1e-7, "one_shot_sparsities": [0.8], "recomputations": [1],
+            "upstream_task": "world_sentiment", "transfer_tasks": ["world_sentiment"], "upstream_sparsities": [0.8],
+            "upstream_epochs": 1, "upstream_prune_epochs": 1, "transfer_epochs": 1, "compound_layers": [2],
+            "compound_sparsities": [0.8], "int8_epochs": 0.5, "cost_weights": 500, "speed_architecture": "tiny",
+            "speed_layers": [4, 2], "speed_sparsities": [0.9], "speed_conditions": [[1, 16]], "speed_rounds": 1,
+            "dense_engines": ["pytorch-fp32"], "sparse_engines": [["pytorch-csr-fp32"], ["deepsparse-fp32"]],
+        },
+        "block_movement": {
+            "tasks": ["world_sentiment"], "variant_task": "world_sentiment", "ablation_tasks": [], "block": [4, 4],
+            "epoch_factor": 1, "refill_epoch_factor": 1, "score_learning_rates": {"world_sentiment": 1.0},
+            "strengths": [[0.01, 0.1]], "ffn_lambda": 1, "struct_attention_lambda": 0.1, "variant_strengths": 0,
+            "densities": [], "block_sizes": [], "large_teacher": None, "translation_tasks": [],
+            "translation_densities": [0.5], "translation_epoch_factor": 1, "translation_block": [4, 4], "shapes": 1,
+            "shape_engines": ["pytorch-fp32"], "shape_batches": [1], "shape_length": 16, "block_sparse_densities": [],
+            "overhead_shape": "tiny", "overhead_batch": 2, "overhead_length": 16,
+        },
+        "fully_quantized": {
+            "bits": [8], "tasks": ["world_translation"], "epochs": 1.0, "learning_rate": 0.5, "aware_delay": 0.1,
+            "scratch": {"world_translation": [8]}, "scratch_delay": 0.25, "ablation_task": "world_translation",
+            "delays": [0.0], "delay_bits": [8], "naive_bits": [8], "part_bits": [4], "calibration": [2, 4],
+            "qa_task": "world_qa", "qa_bits": [8], "qa_aware_bits": [], "qa_epochs": 1, "qa_learning_rate": 5e-4,
+            "qa_engines": [], "speed_task": "world_translation", "speed_conditions": [[1, 16]],
+        },
         "structured_pruning": {
             "tasks": ["world_qa"], "head_densities": [0.5], "unit_densities": [0.5], "operating_points": [[0.5, 0.5]],
             "embedding_densities": [], "gate_epochs": 1, "gate_batch_size": 8, "retrain_epochs": 1,

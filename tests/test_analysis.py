@@ -9,6 +9,7 @@ import pytest
 from lib import claims
 from lib.analysis import (
     PROCEDURES,
+    contribution_frame,
     latency_frame,
     procedure,
     published_retained,
@@ -21,7 +22,7 @@ from lib.compressors import CompressorSpec
 from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.runs import Record
-from lib.specs import LatencyModel, LatencySpec, Spec, TrainingSpeedSpec, TrainSpec, spec_hash
+from lib.specs import ContributionSpec, LatencyModel, LatencySpec, Spec, TrainingSpeedSpec, TrainSpec, spec_hash
 from lib.training import TrainingSettings
 
 TRAINING = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-4, max_length=64)
@@ -91,6 +92,20 @@ def test_quality_frame_of_nothing_is_one_line():
         quality_frame([])
 
 
+def test_contributions_have_a_row_per_task_and_layer():
+    specs = [
+        ContributionSpec(task=task, data="local", encoder="minilm", max_length=64, examples=8)
+        for task in ("rte", "cola")
+    ]
+    found = contribution_frame([
+        record(specs[0], similarity=[0.9, 0.5]), trained(dense(), 80.0), record(specs[1], similarity=[0.7])
+    ])  # fmt: skip
+    assert found.values.tolist() == [["rte", 1, 0.9], ["rte", 2, 0.5], ["cola", 1, 0.7]]
+    assert found.columns.tolist() == ["task", "layer", "similarity"]
+    with pytest.raises(StudyError, match=r"no layer contribution is finished yet; give the data .* \(data_dir\)"):
+        contribution_frame([trained(dense(), 80.0)])
+
+
 SETS = {task: {("top", "K=2"): (5, 6), ("odd", "K=2"): (3, 5), ("contribution", "K=2"): (5, 6)} for task in TASKS}
 
 
@@ -152,11 +167,11 @@ def inference(*saved: float) -> pd.DataFrame:
     return pd.DataFrame([*rows, base | {"batch": 1, "engine": "e0", "time saved (%)": 0.0}])
 
 
-def quality(scores: dict[tuple[str, tuple[int, ...]], float]) -> pd.DataFrame:
+def quality(scores: dict[tuple[str, tuple[int, ...]], float], seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
     """Two tasks and two seeds with a dense score of 80, and the given score for (procedure, layers)."""
     runs = []
     for task in TASKS:
-        for seed in (0, 1):
+        for seed in seeds:
             runs.append(trained(dense(task, seed), 80.0))
             runs += [trained(dropped(drop, kind, task, seed), score + seed) for (kind, drop), score in scores.items()]
     return quality_frame(runs)
@@ -166,11 +181,12 @@ HALVES = {task: {("top", "K=3"): (4, 5, 6), ("bottom", "K=3"): (1, 2, 3)} for ta
 
 
 def verdicts(top: float = 79.0, bottom: float = 60.0, after: float = 79.0, iterative: float = 79.0,
-             ratio: float = 1.9, saved: tuple[float, ...] = (50.0, 48.0)) -> pd.DataFrame:  # fmt: skip
+             ratio: float = 1.9, saved: tuple[float, ...] = (50.0, 48.0),
+             seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:  # fmt: skip
     frame = quality({
         ("before", (4, 5, 6)): top, ("before", (1, 2, 3)): bottom, ("after", (4, 5, 6)): after,
         ("iterative", (4, 5, 6)): iterative,
-    })  # fmt: skip
+    }, seeds)  # fmt: skip
     orders = pd.concat([strategy_frame(frame, HALVES, kind) for kind in ("before", "after", "iterative")])
     found = claims.poor_mans_bert(
         LAYERS, strategy_frame(frame, HALVES), orders[orders["strategy"] == "top"], speed(ratio), inference(*saved)
@@ -227,6 +243,57 @@ def test_what_the_rows_say():
     assert found.loc["Dropping from the top is the best or near-best strategy", "ours"] == "1 of 2"
     order = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
     assert order["ours"] == "+0.0 points (+0.0 to +0.0)" and "paired over 4" in order["evidence"]
+    assert "2 seeds each; 95 %" in order["evidence"]
+
+
+@pytest.mark.parametrize("scores", [{}, {"top": 70.0, "bottom": 78.0, "after": 79.0, "iterative": 79.0}])
+def test_one_seed_decides_nothing_about_quality_and_everything_else(scores):
+    found = verdicts(**scores, seeds=(3,))
+    undecided = found["check"] == "quality"
+    assert undecided.sum() == 4 and set(found.loc[undecided, "verdict"]) == {"too few seeds to tell (n = 1)"}
+    assert set(found.loc[~undecided, "verdict"]) == {"holds"}
+    assert found.loc[undecided, "evidence"].str.contains("1 seed each").all()
+
+
+def test_seeds_are_counted_on_one_task_and_only_where_a_share_is_known():
+    frame = pd.DataFrame({"task": ["rte", "rte", "cola"], "seed": [0, 0, 1]})
+    assert claims.seeds_of(frame) == 1 and claims.seeds_of(frame.assign(seed=[0, 2, 1])) == 2
+    assert claims.seeds_of(frame.iloc[:0]) == 0
+    known = quality({("before", (4, 5, 6)): 79.0, ("before", (1, 2, 3)): 60.0})
+    orphan = known[~((known["procedure"] == "dense") & (known["seed"] == 1))].copy()
+    orphan.loc[orphan["seed"] == 1, "retained"] = float("nan")  # a run whose dense model has no record
+    empty = training_speed_frame([])
+    for frame, word in ((known, "holds"), (orphan, "too few seeds to tell (n = 1)")):
+        curves = strategy_frame(frame, HALVES)
+        found = claims.poor_mans_bert(LAYERS, curves, curves, empty, empty).set_index("claim")["verdict"]
+        assert found["Half of the layers, dropped from the top, keep nearly all of the score"] == word
+        assert found["Dropping from the top is the best or near-best strategy"] == word
+
+
+@pytest.mark.parametrize(
+    ("check", "holds", "seeds", "word"),
+    [
+        ("quality", True, 1, "too few seeds to tell (n = 1)"),
+        ("quality", False, 0, "too few seeds to tell (n = 0)"),
+        ("quality", False, 2, "does not hold here"),
+        ("quality", True, None, "holds"),
+        ("quality", None, 1, "not testable here"),
+        ("speed", True, 1, "holds"),
+    ],
+)
+def test_only_quality_needs_seeds(check, holds, seeds, word):
+    row = claims.verdict("c", check, "p", "o", holds, "e", seeds=seeds)
+    assert row["verdict"] == word and (row["ours"], row["evidence"]) == ("o", "e")
+
+
+def test_orders_that_share_no_run_are_not_run_yet():
+    frame = quality({("before", (4, 5, 6)): 70.0, ("after", (4, 5, 6)): 60.0})
+    orders = pd.concat([strategy_frame(frame, HALVES, kind) for kind in ("before", "after")])
+    orders = orders[(orders["procedure"] == "after") == (orders["seed"] == 1)]
+    empty = training_speed_frame([])
+    found = claims.poor_mans_bert(LAYERS, orders.iloc[:0], orders, empty, empty).set_index("claim")
+    row = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
+    assert (row["ours"], row["verdict"]) == (claims.NOT_RUN, "not testable here")
 
 
 def test_without_runs_everything_but_the_size_is_not_run_yet():

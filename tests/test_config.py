@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import config, plans
+from lib import config, experiments, plans
 from lib.config import ROOT, StudyError, load_profile
 from lib.data import TASKS
 from lib.engines import ENGINES
@@ -66,6 +66,13 @@ def test_unknown_profile_lists_the_known_ones(tmp_path):
         ({"tasks.world_sentiment.seeds": 3}, ("tiny.yaml", "tasks.world_sentiment.seeds", "3", "only 2 listed")),
         ({"layer_dropping.strategies": ["tpo"]}, ("layer_dropping.strategies.0", "'top', 'bottom'", "'tpo'")),
         ({"layer_dropping.k": [0]}, ("tiny.yaml", "layer_dropping.k.0", "greater than 0", "found 0")),
+        ({"structured_pruning.head_densities": [0.0]}, ("structured_pruning.head_densities.0", "greater than 0")),
+        ({"structured_pruning.unit_densities": [0.5, 1.0]}, ("structured_pruning.unit_densities.1", "less than 1")),
+        ({"structured_pruning.embedding_densities": ["few"]}, ("embedding_densities.0", "valid number", "'few'")),
+        ({"structured_pruning.operating_points": [[0.5, 1.5]]}, ("operating_points.0.1", "less than 1", "1.5")),
+        ({"structured_pruning.operating_points": [[0.5]]}, ("operating_points.0.1", "required")),
+        ({"structured_pruning.speed_points": [[1.0, 1.1]]}, ("speed_points.0.1", "less than or equal to 1", "1.1")),
+        ({"structured_pruning.tasks": []}, ("structured_pruning.tasks", "at least 1")),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_one_line(profile_file, changes, said):
@@ -123,6 +130,18 @@ def test_dropping_as_many_layers_as_there_are_is_impossible(profile_file):
     profile = load_profile(profile_file(**{"layer_dropping.k": [2, 4]}))
     with pytest.raises(StudyError, match=r"layer_dropping.k: K=4 is impossible, tiny-bert has 4 layers"):
         plans.layer_sets(profile, [0.9, 0.8, 0.7, 0.6])
+
+
+@pytest.mark.parametrize("budget", [None, 0.0])
+def test_an_impossible_k_is_reported_before_contributions_are_measured(profile_file, monkeypatch, budget):
+    monkeypatch.setattr(experiments, "execute", lambda *_: pytest.fail("something was measured"))
+    profile = load_profile(profile_file(**{"layer_dropping.k": [4]}))
+    with pytest.raises(StudyError, match=r"layer_dropping.k: K=4 is impossible, tiny-bert has 4 layers"):
+        plans.make_plan("poor_mans_bert", profile, budget)
+    with pytest.raises(StudyError, match=r"K=4 is impossible"):
+        plans.contributions(profile)
+    (only,) = plans.contributions(load_profile(profile_file(**{"layer_dropping.k": [3]})))
+    assert only.kind == "contribution"
 
 
 def test_precedence_is_override_then_environment_then_file(profile_file, tmp_path, monkeypatch):

@@ -79,6 +79,16 @@ def test_layers_are_matched_last_to_last(student, teacher, expected):
     assert matched_layers(student, teacher) == expected
 
 
+def test_a_teacher_with_fewer_layers_is_one_line(small_model):
+    with pytest.raises(StudyError, match=r"student's 6 layers cannot copy a teacher of 5; .*distil logits only"):
+        matched_layers(6, 5)
+    student, teacher, batch = small_model("bert"), small_model("bert"), padded_batch("bert")
+    drop_layers(teacher, {4})
+    with pytest.raises(StudyError, match="student's 4 layers cannot copy a teacher of 3"):
+        total(Distillation(hidden_states=1.0), student, teacher, batch)
+    assert total(Distillation(hard=0.0), student, teacher, batch).item() > 1e-3, "logits need no matching layers"
+
+
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
 def test_exposed_scores_are_those_before_the_softmax(small_model, architecture):
     plain, batch = small_model(architecture), padded_batch(architecture)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib import environment
-from lib.config import StudyError
+from lib.config import ROOT, StudyError
 from lib.environment import code_digest, git_commit, hardware, native_bf16, packages
 from lib.memory import peak_memory
 
@@ -108,6 +108,18 @@ def test_allocator_is_switched_by_variables_by_mallopt_and_by_starting_again():
     assert run_python(first + "print(e.use_fast_allocator())", STUDY_ALLOCATOR="default") == ["False"]
     again = "import os, lib.environment as e; e.reexec_with_fast_allocator(); print(os.environ['STUDY_ALLOCATOR']); "
     assert run_python(again + say) == ["set", "True"]
+
+
+@pytest.mark.skipif(not environment.on_glibc(), reason="glibc only")
+@pytest.mark.parametrize("module", ["lib.runs", "lib.benchmark"])
+def test_command_lines_start_again_before_their_slow_imports(module, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, sys; print(os.environ.get('STUDY_ALLOCATOR')); sys.exit()")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "STUDY_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, env=clean | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "set\n", "torch was imported in the process that starts itself again"
 
 
 def test_starting_again_happens_once(monkeypatch):

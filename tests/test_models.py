@@ -129,7 +129,7 @@ def test_a_damaged_tokenizer_is_one_line(saved):
 def test_an_encoder_that_only_the_hub_has_says_how_to_work_offline(load):
     with pytest.raises(StudyError, match=r"encoder 'nobody/no-such-model'.*offline, use encoder=minilm") as caught:
         load("nobody/no-such-model")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("to ask the hub, set HF_HUB_OFFLINE=0")
 
 
 def test_another_kind_of_encoder_is_refused(tmp_path):

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from transformers import BertModel
 
 from lib import figures, published
 from lib.config import StudyError
+from lib.models import ARCHITECTURES, count_parameters
+from lib.surgery import cut, even_shapes
 
 HEADER = "paper,place,model,task,method,setting,metric,value,unit,evidence,source,note\n"
 ROW = "toy2020,Table 1,BERT-base,sst2,top,K=2; drop=after,score,91.5,%,paper,arXiv:0000.00000v1,\n"
@@ -64,6 +68,47 @@ def test_score_loss_of_table_3_follows_from_table_1():
         for k in layers:
             printed = published.published("sajjad2020", metric="score_loss", model=model, K=k)["value"].item()
             assert scores[0] - scores[k] == pytest.approx(printed, abs=0.06), (model, k)
+
+
+def test_structured_qa_pruning_is_complete_and_numeric():
+    frame = published.published("mccarley2019")
+    assert len(frame) == 94
+    assert frame["evidence"].value_counts().to_dict() == {"digitised": 35, "secondary": 25, "paper": 21, "derived": 13}
+    units = frame.groupby("metric")["unit"].unique().map(list).to_dict()
+    assert units == {"decode_time": ["s"], "score": ["%"], "score_loss": ["points"], "size": ["MiB"], "speedup": ["x"]}
+    assert frame["heads"].dropna().between(0, 100).all() and frame["units"].dropna().between(0, 100).all()
+
+
+@pytest.mark.parametrize("place", ["v1 Table 1", "later version, table"])
+def test_speedups_of_structured_qa_pruning_are_the_ratios_of_the_printed_times(place):
+    frame = published.published("mccarley2019", place=place)
+    points = frame.pivot_table("value", ["heads", "units", "recovery"], "metric").dropna(subset="decode_time")
+    dense = points.xs((0, 0), level=("heads", "units"))["decode_time"].item()
+    assert len(points) == {"v1 Table 1": 6, "later version, table": 7}[place]
+    assert (dense / points["decode_time"] - points["speedup"]).abs().max() <= 0.00501  # printed to two places
+
+
+def mebibytes(heads: float, units: float) -> float:
+    """Size of BERT-large with its pooler in fp32 when these percentages of all heads and units are removed."""
+    config = ARCHITECTURES["bert-large-uncased"]
+    with torch.device("meta"):
+        model = BertModel(config)
+    shapes = even_shapes(config, 1 - heads / 100, 1 - units / 100)
+    cut(model, [range(kept) for kept, _ in shapes], [range(kept) for _, kept in shapes])
+    return (4 * count_parameters(model)) / 2**20
+
+
+@pytest.mark.parametrize("place", ["v1 Table 1", "later version, table"])
+def test_sizes_of_structured_qa_pruning_follow_from_the_printed_percentages(place):
+    """Each within 1 %; 1278.5 MiB is printed as 1278 in one version and 1279 in the other."""
+    frame = published.published("mccarley2019", place=place, metric="size")
+    printed = {(row.heads, row.units): row.value for row in frame.itertuples() if row.recovery == "none"}
+    exact = {point: mebibytes(*point) for point in printed}
+    assert exact[0, 0] == pytest.approx(1278.47, abs=0.01)
+    differences = {point: abs(exact[point] - value) for point, value in printed.items()}
+    assert max(differences[point] / printed[point] for point in printed) < 0.01
+    within_one = sum(difference < 1 for difference in differences.values())
+    assert (within_one, len(printed)) == {"v1 Table 1": (3, 5), "later version, table": (5, 7)}[place]
 
 
 def test_a_filter_may_list_values_and_the_result_is_the_callers_own():

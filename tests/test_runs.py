@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from lib.plans.poor_mans_bert import dropped_after, dropped_and_distilled, dropp
 from lib.runs import Record, Records, ensure, read_record, record_path
 from lib.specs import (
     ContributionSpec,
+    ImportanceSpec,
     LatencyModel,
     LatencySpec,
     Spec,
@@ -37,6 +41,8 @@ MODEL = {"minilm": LatencyModel(architecture="minilm")}
 LATENCY = LatencySpec(
     models=MODEL, dense="minilm", engines=("pytorch-fp32",), batch=1, length=128, threads=2, rounds=5
 )  # fmt: skip
+
+GAIN = ImportanceSpec(task="rte", data="local", start=TRAIN, method="gain", examples=8)
 
 
 def test_hashes_are_the_names_of_committed_records():
@@ -72,19 +78,28 @@ def test_everything_that_can_change_a_result_changes_the_hash():
         {"seed": 2}, {"task": "cola"}, {"data": "hub"}, {"encoder": "bert-base-uncased"}, {"compressor": drop},
         {"compressor": drop.model_copy(update={"settings": {"drop": [3]}})}, {"start": TRAIN}, {"teacher": TRAIN},
         {"distillation": Distillation()}, {"distillation": Distillation(temperature=3.0)},
+        {"informed_by": (TRAIN,)}, {"informed_by": (GAIN,)}, {"informed_by": (TRAIN, GAIN)},
+        {"informed_by": (GAIN, TRAIN)},
     ]  # fmt: skip
     settings = {"epochs": 2, "batch_size": 8, "learning_rate": 2e-4, "max_length": 64, "dropout": 0.1, "warmup": 0.1,
                 "freeze_embeddings": False, "attention": "sdpa", "precision": "fp32", "weight_decay": 0.0,
-                "max_grad_norm": 2.0, "train_examples": 9, "eval_examples": 9, "stride": 8}  # fmt: skip
+                "max_grad_norm": 2.0, "train_examples": 9, "eval_examples": 9, "stride": 8,
+                "attention_dropout": 0.2}  # fmt: skip
     assert set(settings) == set(TrainingSettings.model_fields)
     changes += [{"training": TRAINING.model_copy(update={name: value})} for name, value in settings.items()]
     hashes = [spec_hash(TRAIN.model_copy(update=change)) for change in changes]
     assert len({spec_hash(TRAIN), *hashes}) == 1 + len(changes)
+    changes = [{"task": "cola"}, {"data": "hub"}, {"start": TRAIN.model_copy(update={"seed": 2})},
+               {"method": "leave_one_out"}, {"examples": 9}]  # fmt: skip
+    assert {name for change in changes for name in change} == set(ImportanceSpec.model_fields) - {"kind"}
+    assert len({spec_hash(GAIN), *(spec_hash(GAIN.model_copy(update=change)) for change in changes)}) == 6
 
 
 SPECS: list[Spec] = [
     TRAIN,
     TRAIN.model_copy(update={"start": TRAIN, "distillation": Distillation(), "teacher": TRAIN}),
+    TRAIN.model_copy(update={"informed_by": (TRAIN, GAIN, GAIN.model_copy(update={"method": "leave_one_out"}))}),
+    GAIN,
     ContributionSpec(task="rte", data="local", encoder="minilm", max_length=64, examples=8),
     LATENCY,
     TrainingSpeedSpec(models=MODEL, dense="minilm", batch=2, length=8, threads=1, rounds=2, bf16=False),
@@ -139,7 +154,8 @@ def test_nothing_is_computed_twice(profile, plan, computed, capsys):
     assert list(second) == list(first) and len(computed) == 4
     assert capsys.readouterr().out == "toy: 4 runs, 4 cached, 0 computed\n"
     assert [record.hash for record in first] == list(dict.fromkeys(spec_hash(spec) for spec in plan))
-    assert first.by_spec()[spec_hash(plan[2])]["score"] == 53.0
+    assert [record.spec for record in first] == [plan[0], plan[1], plan[2], plan[4]]
+    assert [record["score"] for record in first] == [51.0, 52.0, 53.0, 54.0]
 
 
 def test_a_record_survives_reading(profile, plan, computed):
@@ -382,6 +398,59 @@ def test_two_processes_that_want_the_same_run_make_it_once(tmp_path, profile_fil
     assert (tmp_path / "count").read_text() == "computed\n"
     (only,) = (tmp_path / "results" / "runs").iterdir()
     assert read_record(only)["compression"]["dropped_layers"] == [2]
+
+
+def test_two_that_miss_the_same_weights_train_them_once(profile, monkeypatch):
+    spec = dense_spec(profile, "world_sentiment", 0)
+    started, go_on = threading.Event(), threading.Event()
+    trained: list[str] = []
+
+    def train(spec: TrainSpec, profile: Profile, keep_weights: bool) -> None:
+        assert keep_weights
+        trained.append(spec_hash(spec))
+        started.set()
+        assert go_on.wait(30)
+        experiments.weights_folder(profile, spec).mkdir(parents=True)
+
+    monkeypatch.setattr(experiments, "run_training", train)
+    monkeypatch.setattr(experiments, "load_compressed", lambda folder: folder)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(experiments.finished_model, profile, spec)
+        assert started.wait(30)
+        second = pool.submit(experiments.finished_model, profile, spec)
+        time.sleep(0.3)  # what trains without a lock would be in the list by now
+        assert trained == [spec_hash(spec)] and not second.done()
+        go_on.set()
+        assert first.result(30) == second.result(30) == experiments.weights_folder(profile, spec)
+    assert trained == [spec_hash(spec)]
+
+
+def test_weights_are_not_trained_while_their_record_is_computed(profile, monkeypatch):
+    """The lock is the run's own: whoever computes the record of a dense model keeps its weights too."""
+    spec = dense_spec(profile, "world_sentiment", 0)
+    monkeypatch.setattr(experiments, "run_training", lambda *_, **__: pytest.fail("trained a second time"))
+    monkeypatch.setattr(experiments, "load_compressed", lambda folder: folder)
+    with ThreadPoolExecutor(1) as pool, runs.hold_lock(profile, spec):
+        waiting = pool.submit(experiments.finished_model, profile, spec)
+        time.sleep(0.3)
+        assert not waiting.done()
+        experiments.weights_folder(profile, spec).mkdir(parents=True)
+    assert waiting.result(30) == experiments.weights_folder(profile, spec)
+
+
+def test_training_speed_takes_a_spec_that_was_written_out_in_full(monkeypatch):
+    monkeypatch.setattr(experiments.training_speed, "training_steps", lambda models, *_: models)
+    dropped = {"full": LatencyModel(architecture="tiny"), "half": LatencyModel(architecture="tiny", drop=(3, 4))}
+    spec = TrainingSpeedSpec(models=dropped, dense="full", batch=2, length=8, threads=1, rounds=2, bf16=False)
+    written = parse_spec(json.loads(json.dumps(spec.model_dump(mode="json"))))
+    assert isinstance(written, TrainingSpeedSpec)
+    assert experiments.run_training_speed(written) == experiments.run_training_speed(spec) == {
+        "full": {"architecture": "tiny", "drop": [], "head": "qa"},
+        "half": {"architecture": "tiny", "drop": [3, 4], "head": "qa"},
+    }  # fmt: skip
+    cut = spec.model_copy(update={"models": dropped | {"cut": LatencyModel(architecture="tiny", shapes=((1, 2),) * 4)}})
+    with pytest.raises(StudyError, match="'cut' is more than a model with layers dropped"):
+        experiments.run_training_speed(cut)
 
 
 def test_stopping_while_a_model_is_evaluated_does_not_lose_its_training(profile_file, monkeypatch):

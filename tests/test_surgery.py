@@ -8,7 +8,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from conftest import padded_batch
+from conftest import padded_batch, random_gates
 from torch import nn
 from transformers import (
     AutoModel,
@@ -23,8 +23,9 @@ from transformers import (
 
 from lib import surgery
 from lib.config import StudyError
-from lib.models import layer_parts, layers, load_model
-from lib.surgery import drop_layers, layer_shapes, load_compressed, save_compressed
+from lib.gates import fold_gates
+from lib.models import ARCHITECTURES, count_parameters, layer_parts, layers, load_model
+from lib.surgery import cut, drop_layers, even_shapes, layer_shapes, load_compressed, save_compressed
 
 # Loads a folder and writes its logits; runs in a process of its own.
 OTHER_PROCESS = """
@@ -59,6 +60,15 @@ def keep(linear, rows, columns) -> None:
     linear.out_features, linear.in_features = linear.weight.shape
 
 
+def gated(model):
+    """Fractional gates of every kind, folded in; what is closed is cut, in two places down to nothing."""
+    values = random_gates(model, ("heads", "units", "embedding"))
+    values["heads"][1], values["units"][2] = torch.zeros(4), torch.zeros(48)
+    fold_gates(model, values)
+    cut(model, *([row.nonzero().flatten().tolist() for row in values[kind]] for kind in ("heads", "units")))
+    return model
+
+
 @torch.no_grad()
 def logits(model, batch) -> dict[str, torch.Tensor]:
     output = model(**batch)
@@ -82,6 +92,8 @@ def models(small_model, tokenizer):
     for name, model in found.items():
         if name.endswith("cut"):
             cut_widths(model)
+    for name in ("bert", "roberta"):
+        found[f"{name} gated and cut"] = gated(small_model(name, "sdpa"))
     return found
 
 
@@ -153,6 +165,68 @@ def test_a_folder_that_is_used_again_holds_only_the_new_model(models, tokenizer,
         batch = padded_batch("bert")
         found, expected = logits(loaded, batch), logits(models[name], batch)
         assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+
+
+def test_what_is_cut_is_gone_and_the_rest_is_as_it_was(small_model):
+    model, dense = small_model("bert"), small_model("bert")
+    cut(model, heads=[[3, 1, 3], [], range(4), [0]], units=[range(48), [47, 0], [], [5]])
+    assert [(shape["attention"] // 8, shape["units"]) for shape in layer_shapes(model)] == [
+        (2, 48), (0, 2), (4, 0), (1, 1),
+    ]  # fmt: skip
+    first, whole = layer_parts(layers(model)[0]), layer_parts(layers(dense)[0])
+    kept = [*range(8, 16), *range(24, 32)]  # in their old order, however they are named
+    assert torch.equal(first.key.weight, whole.key.weight[kept]) and torch.equal(first.key.bias, whole.key.bias[kept])
+    assert torch.equal(first.attention_output.weight, whole.attention_output.weight[:, kept])
+    second, whole = layer_parts(layers(model)[1]), layer_parts(layers(dense)[1])
+    assert torch.equal(second.ffn_in.weight, whole.ffn_in.weight[[0, 47]])
+    assert torch.equal(second.ffn_out.weight, whole.ffn_out.weight[:, [0, 47]])
+    assert torch.equal(second.ffn_out.bias, whole.ffn_out.bias)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({"heads": [[0]] * 3}, "cut: heads are given for 3 layers, the model has 4"),
+        ({"units": [[0]] * 5}, "cut: units are given for 5 layers, the model has 4"),
+        ({"heads": [[0], [1], [4], [0]]}, "cut: layer 3, heads: found 4, expected 0 to 3"),
+        ({"heads": [[-1], [1], [0], [0]]}, "cut: layer 1, heads: found -1, expected 0 to 3"),
+        ({"units": [[0], [48], [0], [0]]}, "cut: layer 2, units: found 48, expected 0 to 47"),
+    ],
+)
+def test_what_cannot_be_kept_is_one_line(small_model, kept, said):
+    with pytest.raises(StudyError) as caught:
+        cut(small_model("bert"), **kept)
+    assert str(caught.value) == said
+
+
+def test_xlnet_cannot_be_cut(small_model):
+    with pytest.raises(StudyError, match="xlnet has no heads known here; use BERT or RoBERTa"):
+        cut(small_model("xlnet"), heads=[[0]] * 4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "units"),
+    [(0.0, 0.0), (44.3, 0.0), (0.0, 47.7), (44.3, 47.7), (52.6, 65.2), (57.6, 73.7), (60.1, 78.4), (100.0, 100.0)],
+)
+def test_even_shapes_meet_the_printed_percentages_of_bert_large(heads, units):
+    """384 heads and 98,304 units in all; no two layers differ by more than one."""
+    shapes = even_shapes(ARCHITECTURES["bert-large-uncased"], 1 - heads / 100, 1 - units / 100)
+    per_layer = [list(column) for column in zip(*shapes, strict=True)]
+    assert [sum(column) for column in per_layer] == [round(384 * (1 - heads / 100)), round(98304 * (1 - units / 100))]
+    assert round(100 - sum(per_layer[0]) / 3.84, 1) == pytest.approx(heads, abs=0.11)  # a head is 0.26 %
+    assert round(100 - sum(per_layer[1]) / 983.04, 1) == units
+    assert len(shapes) == 24 and all(max(column) - min(column) <= 1 for column in per_layer)
+
+
+def test_even_shapes_fit_what_cut_expects():
+    model = load_model("tiny-bert", "qa")
+    shapes = even_shapes(model.config, 0.4, 0.3)
+    cut(model, [range(heads) for heads, _ in shapes], [range(units) for _, units in shapes])
+    assert [(shape["attention"] // 8, shape["units"]) for shape in layer_shapes(model)] == list(shapes)
+    assert sum(heads for heads, _ in shapes) == 6 and sum(units for _, units in shapes) == 77
+    dense = count_parameters(load_model("tiny-bert", "qa"))
+    assert dense - count_parameters(model) == 10 * (4 * 8 * 32 + 3 * 8) + 179 * (2 * 32 + 1)
 
 
 def edit(folder, **changes) -> None:

@@ -15,8 +15,9 @@ from lib.compressors import Compressor, LayerDropping
 from lib.config import StudyError
 from lib.data import TASKS, load_task
 from lib.distillation import Distillation, Distiller
+from lib.evaluation import evaluate_model
 from lib.models import base_model, layers, load_model
-from lib.training import GroupedSampler, TrainingSettings, encode, evaluate_model, fine_tune, last_checkpoint, predict
+from lib.training import GroupedSampler, TrainingSettings, encode, fine_tune, last_checkpoint
 
 EVERY_STEP = 1e-9  # minutes
 TASK = TASKS["world_sentiment"]
@@ -267,32 +268,6 @@ def test_embeddings_are_found_in_every_architecture(small_model, architecture):
     with pytest.raises(StudyError, match=r"embeddings not found; set training\.freeze_embeddings to false"):
         training.freeze_embeddings(SimpleNamespace(base_model_prefix="none"))  # type: ignore[arg-type]
     assert base_model(student) is not student
-
-
-class Echo(nn.Module):
-    """Returns what it was given: the sum of a sequence's tokens, or the tokens themselves."""
-
-    def __init__(self, per_token: bool) -> None:
-        super().__init__()
-        self.per_token = per_token
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
-        ids = input_ids.float()
-        if self.per_token:
-            return {"start_logits": ids, "end_logits": -ids}
-        return {"logits": (ids * attention_mask).sum(-1, keepdim=True)}
-
-
-@pytest.mark.parametrize("batch", [1, 4, 64])
-def test_predictions_come_in_the_order_of_the_features(features, tokenizer, monkeypatch, batch):
-    """Although batches are made by length, and without the padding of the batch."""
-    monkeypatch.setattr(training, "EVAL_BATCH", batch)
-    assert len(set(features["length"])) > 3
-    (sums,) = predict(Echo(per_token=False), tokenizer, features, bf16=False)
-    assert [row.tolist() for row in sums] == [[float(sum(ids))] for ids in features["input_ids"]]
-    starts, ends = predict(Echo(per_token=True), tokenizer, features, bf16=False)
-    assert [row.tolist() for row in starts] == [[float(i) for i in ids] for ids in features["input_ids"]]
-    assert [row.tolist() for row in ends] == [[-float(i) for i in ids] for ids in features["input_ids"]]
 
 
 def test_encoding_truncates_and_casts_labels(data, tokenizer):

@@ -7,14 +7,27 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from lib.compressors.base import Compressor
+from lib.compressors.block_movement import BlockMovement, Refill
+from lib.compressors.kronecker import Kronecker
 from lib.compressors.layer_dropping import LayerDropping
+from lib.compressors.masked import FixedMasks
+from lib.compressors.obert import ObertPruning
+from lib.compressors.quantization import Quantization
+from lib.compressors.sparse_int8 import SparseInt8
 from lib.compressors.structured import L0Gates, StructuredPruning
 from lib.config import Strict, StudyError
 
-COMPRESSORS: dict[str, type[Compressor]] = {cls.name: cls for cls in (LayerDropping, L0Gates, StructuredPruning)}
+COMPRESSORS: dict[str, type[Compressor]] = {
+    cls.name: cls
+    for cls in (
+        LayerDropping, Kronecker, L0Gates, StructuredPruning, BlockMovement, Refill, FixedMasks, ObertPruning,
+        SparseInt8, Quantization,
+    )
+}  # fmt: skip
 
 __all__ = [
-    "COMPRESSORS", "Compressor", "CompressorSpec", "L0Gates", "LayerDropping", "StructuredPruning", "make_compressor",
+    "COMPRESSORS", "BlockMovement", "Compressor", "CompressorSpec", "FixedMasks", "Kronecker", "L0Gates",
+    "LayerDropping", "ObertPruning", "Quantization", "Refill", "SparseInt8", "StructuredPruning", "make_compressor",
 ]  # fmt: skip
 
 

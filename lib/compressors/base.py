@@ -5,12 +5,19 @@ resume. A run without a compressor is the dense baseline.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from lib.config import Strict
+from lib.config import Strict, StudyError
+
+if TYPE_CHECKING:
+    from lib.batches import TrainingData
+
+
+class Diverged(StudyError):
+    """Training met numbers that are not finite."""
 
 
 class Compressor:
@@ -23,13 +30,26 @@ class Compressor:
         """No settings."""
 
     name: ClassVar[str] = "none"
+    evaluation_precision: ClassVar[str | None] = None  # in which the finished model is measured; None as it was trained
 
     def __init__(self, settings: Any, informed: Sequence[dict[str, Any]] = ()) -> None:
         """``informed`` holds the results of the runs that the spec is ``informed_by``, in its order."""
         self.settings, self.informed = settings, informed
 
+    @property
+    def divergence(self) -> dict[str, Any]:
+        """Where (``place``) and when (``progress``) numbers stopped being finite, if a method is made to show that."""
+        return {}
+
     def attach(self, model: PreTrainedModel) -> None:
         """Put gates, scores, masks or factorised layers into ``model``, in place, before training."""
+
+    def use_data(self, data: "TrainingData") -> None:
+        """Receive the training examples, after ``attach``: for methods that look at gradients or calibrate on data."""
+
+    def learning_rate_factor(self, progress: float) -> float | None:
+        """Learning rate as a share of the peak, for methods with a schedule of their own; None keeps the trainer's."""
+        return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Own optimizer groups: ``params``, ``lr`` and ``weight_decay`` (0 for gates and scores)."""

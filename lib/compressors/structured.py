@@ -6,6 +6,7 @@ L0 gates', a measured importance (``lib.importance``), the weights' magnitude, o
 matrices are smaller.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -45,15 +46,21 @@ def keep_best(scores: Scores, density: float) -> list[list[int]]:
     Raises:
         StudyError: a density outside 0 to 1, or scores that are not finite numbers.
     """
-    if not 0 <= density <= 1:
-        raise StudyError(f"structured pruning: density {density} is impossible; give 0 (none kept) to 1 (all kept)")
-    flat = torch.tensor([value for layer in scores for value in layer], dtype=torch.float64)
+    check_density(density)
+    values = [math.nan if value is None else value for layer in scores for value in layer]  # a record's null
+    flat = torch.tensor(values, dtype=torch.float64)
     if not torch.isfinite(flat).all():
         raise StudyError("structured pruning: some scores are not finite; the run that measured them failed")
     kept = torch.zeros(len(flat), dtype=torch.bool)
     kept[torch.argsort(-flat, stable=True)[: round(density * len(flat))]] = True
     rows = kept.split([len(layer) for layer in scores])
     return [row.nonzero().flatten().tolist() for row in rows]
+
+
+def check_density(density: float) -> None:
+    """Raise unless ``density`` is a share."""
+    if not 0 <= density <= 1:
+        raise StudyError(f"structured pruning: density {density} is impossible; give 0 (none kept) to 1 (all kept)")
 
 
 @torch.no_grad()
@@ -100,9 +107,11 @@ class _GateParameters(nn.Module):
 class L0Gates(Compressor):
     """Trains gates on a frozen model; ``finalize`` closes, folds and cuts.
 
-    With ``densities`` lambda is found on the way: it grows while the expected density is above a target that falls
-    from 1 to the wanted one, and shrinks below it. At the end exactly the best gates by log alpha stay. With
-    ``penalties`` lambda is fixed, as in the paper, and the gates whose test-time value is above 0 stay.
+    With ``densities`` lambda is found on the way, by the augmented Lagrangian of Wang, Wohlwend and Lei 2020
+    (arXiv:1910.04732, section 4.2): with e = expected density - target, which falls from 1 to the wanted density, the
+    penalty is lambda e + stiffness e^2, and lambda rises with e. It may be negative, which opens gates again. At the
+    end exactly the best gates by log alpha stay. With ``penalties`` lambda is fixed, as in the paper, and the gates
+    whose test-time value is above 0 stay.
     """
 
     class Settings(Strict):
@@ -115,8 +124,8 @@ class L0Gates(Compressor):
         penalties: dict[GateKind, float] = Field(default_factory=dict)
         learning_rate: float = Field(default=0.1, gt=0)
         start_log_alpha: float = 2.0
-        adaptation: float = Field(default=0.05, gt=0, lt=1)  # largest relative change of lambda in one step
-        start_penalty: float = Field(default=0.1, gt=0)
+        adaptation: float = Field(default=1.0, gt=0)  # of lambda, per step and unit of e
+        stiffness: float = Field(default=10.0, ge=0)
         fractional: bool = False
 
     name: ClassVar[str] = "l0_gates"
@@ -143,7 +152,7 @@ class L0Gates(Compressor):
         model.add_module("study_gates", self.parameters)
         self._sampler = model.register_forward_pre_hook(self._set_gates, with_kwargs=True)
         self.lambdas: dict[str, float] = {kind: value for kind, value in settings.penalties.items()}
-        self.lambdas |= dict.fromkeys(settings.densities, settings.start_penalty)
+        self.lambdas |= dict.fromkeys(settings.densities, 0.0)
         self.history: list[dict[str, Any]] = []
 
     def _set_gates(self, model: nn.Module, arguments: Any, keywords: Any) -> None:
@@ -157,24 +166,34 @@ class L0Gates(Compressor):
         return [{"params": vectors, "lr": self.settings.learning_rate, "weight_decay": 0.0}]
 
     def penalty(self, progress: float) -> Tensor:
-        vectors = self.parameters.log_alpha.items()
-        return torch.stack([self.lambdas[kind] * probability_open(vector).mean() for kind, vector in vectors]).sum()
+        total = torch.zeros(())
+        for kind, vector in self.parameters.log_alpha.items():
+            expected = probability_open(vector).mean()
+            if kind in self.settings.densities:
+                error = expected - target_density(progress, self.settings.densities[kind])
+                term = self.lambdas[kind] * error + self.settings.stiffness * error.square()
+            else:
+                term = self.lambdas[kind] * expected
+            total = total.to(term.device) + term
+        return total
 
     @torch.no_grad()
     def step(self, progress: float, trainer: Trainer) -> None:
         for kind, density in self.settings.densities.items():
             expected = float(probability_open(self.parameters.log_alpha[kind]).mean())
-            error = expected - target_density(progress, density)
-            change = self.settings.adaptation * max(-1.0, min(1.0, error / 0.05))
-            self.lambdas[kind] = min(1e3, max(1e-4, self.lambdas[kind] * (1 + change)))
+            self.lambdas[kind] += self.settings.adaptation * (expected - target_density(progress, density))
+        self._refuse_nothing(progress)
+        if len(self.history) <= progress * HISTORY_POINTS:
+            self.history.append({"progress": progress} | {kind: self._state(kind) for kind in self.kinds})
+
+    def _refuse_nothing(self, progress: float) -> None:
+        """Raise when a fixed penalty left no gate of its kind open."""
         for kind, value in self.settings.penalties.items():
             if value and not self.realised(kind):
                 raise StudyError(
                     f"l0_gates: penalty {value:g} closed all {len(self.parameters.log_alpha[kind])} {kind} at "
                     f"{progress:.0%} of training; give a smaller one, or a density"
                 )
-        if len(self.history) <= progress * HISTORY_POINTS:
-            self.history.append({"progress": progress} | {kind: self._state(kind) for kind in self.kinds})
 
     def _state(self, kind: str) -> dict[str, Any]:
         vector = self.parameters.log_alpha[kind].detach().cpu()
@@ -190,6 +209,7 @@ class L0Gates(Compressor):
 
     @torch.no_grad()
     def finalize(self, model: PreTrainedModel) -> PreTrainedModel:
+        self._refuse_nothing(1.0)
         self.history.append({"progress": 1.0} | {kind: self._state(kind) for kind in self.kinds})
         self.scores: dict[str, Scores] = {}
         self.kept: dict[str, list[list[int]]] = {}
@@ -251,6 +271,8 @@ class StructuredPruning(Compressor):
 
     def attach(self, model: PreTrainedModel) -> None:
         check_kinds(model, list(self.settings.densities))
+        for density in self.settings.densities.values():
+            check_density(density)
         self.model = model
         self.kept: dict[str, list[list[int]]] = {}
         self.scores: dict[str, Scores] = {}
@@ -302,7 +324,9 @@ class StructuredPruning(Compressor):
 
     def _score(self, kind: GateKind) -> Scores:
         shapes = gate_shapes(self.model, kind)
-        if self.settings.importance == "magnitude" and kind != "embedding":
+        if self.settings.importance == "magnitude":
+            if kind == "embedding":
+                raise StudyError("structured: embedding dimensions have no magnitude here; use l0_gates, or random")
             return magnitude(self.model, kind)
         if self.settings.importance == "random":
             generator = torch.Generator().manual_seed(1009 * self.settings.seed + KINDS.index(kind))

@@ -105,23 +105,23 @@ def _dropping(drop: tuple[int, ...], iterative: bool = False) -> CompressorSpec:
 def layer_dropping(profile: Profile, similarity: dict[str, Sequence[float]]) -> list[Spec]:
     """All quality runs of notebook 05, dense baselines included.
 
-    What the headline needs comes first, a whole seed before the next one: the dense model, the strategies at half the
-    layers, dropping without further training, every K from the top. Then the orders of dropping and training, then the
-    rest of the grid.
+    What the headline needs comes first, a whole seed before the next one: the dense model and the strategies at half
+    the layers. Then every K from the top, dropping without further training, the orders of dropping and training, and
+    the rest of the grid.
 
     Args:
         similarity: per task, the layer contributions that ``contributions`` measured.
     """
     half = encoder_layers(profile) // 2
     first: list[Spec] = []
+    curve: list[Spec] = []
+    untrained: list[Spec] = []
     ablation: list[Spec] = []
     rest: list[Spec] = []
     for seed in profile.seeds:
         tasks = [task for task in similarity if seed in profile.task_seeds(task)]
         baselines: list[Spec] = [dense_spec(profile, task, seed) for task in tasks]
         headline: list[Spec] = []
-        untrained: list[Spec] = []
-        curve: list[Spec] = []
         for task in tasks:
             sets = layer_sets(profile, similarity[task])
             if task not in profile.layer_dropping.grid_tasks:
@@ -133,8 +133,8 @@ def layer_dropping(profile: Profile, similarity: dict[str, Sequence[float]]) -> 
             if task in profile.layer_dropping.ablation_tasks:
                 for k in profile.layer_dropping.ablation_k:
                     ablation += _ablation(profile, task, seed, sets, k)
-        first += [*baselines, *headline, *untrained, *curve]
-    return [*first, *ablation, *rest]
+        first += [*baselines, *headline]
+    return [*first, *curve, *untrained, *ablation, *rest]
 
 
 def _ablation(
@@ -158,7 +158,7 @@ def halved_speed(profile: Profile) -> list[Spec]:
     """
     architecture = SPEED_ARCHITECTURES[profile.latency.base_shape]
     n = layer_count(load_config(architecture))
-    kept = {f"{n - k} layers": tuple(range(n - k + 1, n + 1)) for k in range(0, n // 2 + 1, 2)}
+    kept = {f"{n - k} layers": tuple(range(n - k + 1, n + 1)) for k in (0, *profile.layer_dropping.speed_k) if k < n}
     models = {
         name: LatencyModel(architecture=architecture, drop=drop, head="classification") for name, drop in kept.items()
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib.compressors import CompressorSpec
-from lib.config import Profile
+from lib.config import Profile, StudyError
 from lib.data import get_task
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES
@@ -25,13 +25,18 @@ RECOVERIES: dict[str, Distillation | None] = {
 }
 
 
-def gate_training(profile: Profile, task: str, seed: int, densities: Densities) -> TrainSpec:
-    """Train L0 gates on the finished dense model, everything else frozen, until these densities are met."""
+def gate_training(profile: Profile, task: str, seed: int, densities: Densities,
+                  parent: TrainSpec | None = None) -> TrainSpec:  # fmt: skip
+    """Train L0 gates on a finished model, everything else frozen, until these densities are met.
+
+    ``parent`` is the run that made the model; None is the dense one, another makes a compound of two methods.
+    """
     settings = profile.structured_pruning
-    parent = dense_spec(profile, task, seed)
+    parent = parent or dense_spec(profile, task, seed)
     training = training_settings(profile, task, epochs=settings.gate_epochs, batch_size=settings.gate_batch_size)
     compressor = CompressorSpec(name="l0_gates", settings={"densities": dict(densities)})
-    return parent.model_copy(update={"compressor": compressor, "start": parent, "training": training})
+    unaided = {"teacher": None, "distillation": None, "informed_by": ()}
+    return parent.model_copy(update={"compressor": compressor, "start": parent, "training": training} | unaided)
 
 
 def importance(profile: Profile, task: str, seed: int, method: str) -> ImportanceSpec:
@@ -42,15 +47,17 @@ def importance(profile: Profile, task: str, seed: int, method: str) -> Importanc
 
 
 def pruned(profile: Profile, task: str, seed: int, densities: Densities, selection: str,
-           recovery: str | None = None) -> TrainSpec:  # fmt: skip
-    """Cut the finished dense model to these densities at once, and then train it no further or in some way.
+           recovery: str | None = None, parent: TrainSpec | None = None) -> TrainSpec:  # fmt: skip
+    """Cut a finished model to these densities at once, and then train it no further or in some way.
 
     Args:
         selection: "l0" (gates trained per kind, then combined), "l0-joint", "gain", "leave-one-out", "magnitude",
             "random", or "magnitude-iterative" (magnitude, a little at a time during training).
-        recovery: one of ``RECOVERIES``.
+        recovery: one of ``RECOVERIES``; the teacher is the dense model.
+        parent: as in ``gate_training``; for the selections "l0", "l0-joint", "magnitude" and "random".
     """
-    settings, parent = profile.structured_pruning, dense_spec(profile, task, seed)
+    settings, teacher = profile.structured_pruning, dense_spec(profile, task, seed)
+    start = parent or teacher
     informed: tuple[Any, ...] = ()
     choice: dict[str, Any] = {"densities": dict(densities)}
     if selection in ("magnitude", "magnitude-iterative"):
@@ -58,20 +65,20 @@ def pruned(profile: Profile, task: str, seed: int, densities: Densities, selecti
     elif selection == "random":
         choice |= {"importance": "random", "seed": seed}
     elif selection == "l0":
-        informed = tuple(gate_training(profile, task, seed, {kind: value}) for kind, value in densities.items())
+        informed = tuple(gate_training(profile, task, seed, {kind: value}, parent) for kind, value in densities.items())
     elif selection == "l0-joint":
-        informed = (gate_training(profile, task, seed, densities),)
+        informed = (gate_training(profile, task, seed, densities, parent),)
     else:
         informed = (importance(profile, task, seed, selection.replace("-", "_")),)
     epochs = settings.retrain_epochs if recovery else 0
     changes = {"epochs": epochs} | ({"learning_rate": settings.retrain_learning_rate} if recovery else {})
     update: dict[str, Any] = {
-        "compressor": CompressorSpec(name="structured", settings=choice), "start": parent, "informed_by": informed,
+        "compressor": CompressorSpec(name="structured", settings=choice), "start": start, "informed_by": informed,
         "training": training_settings(profile, task, **changes),
     }  # fmt: skip
     if recovery and RECOVERIES[recovery]:
-        update |= {"distillation": RECOVERIES[recovery], "teacher": parent}
-    return parent.model_copy(update=update)
+        update |= {"distillation": RECOVERIES[recovery], "teacher": teacher}
+    return teacher.model_copy(update=update)
 
 
 def trained_longer(profile: Profile, task: str, seed: int) -> TrainSpec:
@@ -115,6 +122,12 @@ def structured_qa(profile: Profile) -> list[Spec]:
     """All quality runs of notebook 02: the first task in full, the others at the operating points alone."""
     settings, plan = profile.structured_pruning, list[Spec]()
     tasks = [task for task in settings.tasks if task in profile.tasks and get_task(task).kind == "qa"]
+    if not tasks:
+        there = ", ".join(task for task in profile.tasks if get_task(task).kind == "qa") or "none"
+        raise StudyError(
+            f"structured_pruning.tasks: found {', '.join(settings.tasks)}, expected question-answering tasks of "
+            f"profile {profile.name}: {there}"
+        )
     for seed in profile.seeds:
         for task in tasks:
             if seed not in profile.task_seeds(task):

@@ -1,0 +1,131 @@
+"""From the records of notebook 06 to its frames: translation and question answering at every bit width."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.data import TASKS
+from lib.plans.fullyqt import GUARDS
+from lib.published import published
+from lib.quantized_layers import PARTS
+from lib.runs import Record
+from lib.specs import EngineQualitySpec, TrainSpec, TranslationLatencySpec, TranslationSpec
+
+# How a model came to its bits.
+PROCEDURES = {
+    "dense": "dense", "control": "dense, trained on", "post": "rounded after training",
+    "aware": "trained on with rounding", "scratch": "trained with rounding from the start", "naive": "without a guard",
+}  # fmt: skip
+STYLES = {"post": "quantized-post", "aware": "quantized-aware", "scratch": "quantized-scratch"}
+FLOAT_BITS = 32
+Trained = TranslationSpec | TrainSpec
+
+
+def procedure(spec: Trained) -> str:
+    """Which of ``PROCEDURES`` a run is."""
+    if spec.compressor is None:
+        return "dense" if spec.start is None else "control"
+    if spec.start is not None:
+        return "aware" if spec.training.epochs else "post"
+    guards = ("mask_guard", "denominator_guard")
+    return "naive" if not all(spec.compressor.settings.get(name, True) for name in guards) else "scratch"
+
+
+def guards_taken(settings: Mapping[str, Any]) -> str:
+    """Which of ``GUARDS`` these settings of the compressor are; "" when nothing is taken away."""
+    taken = {name: False for name in ("mask_guard", "denominator_guard") if not settings.get(name, True)}
+    return next((name for name, wanted in GUARDS.items() if wanted == taken), "")
+
+
+def quantized_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per translation or QA run: procedure, bits, score (percent), size (bytes) and retained share (percent).
+
+    ``retained`` compares with the dense model of the same task and seed, ``controlled`` with that model trained on for
+    as long as the quantised one was; NaN without it. ``smaller`` is dense bytes / bytes. ``part`` names what alone was
+    quantised, "" is everything. A diverged run scores 0 and has its place in ``diverged``.
+    """
+    rows = [_row(record) for record in records if isinstance(record.spec, TranslationSpec | TrainSpec)]
+    columns = ["hash", "task", "title", "seed", "procedure", "bits", "bucketing", "part", "delay", "guards", "score",
+               "greedy", "size_bytes", "train_s", "diverged", "diverged_progress"]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=columns)
+    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
+    for name, kind in (("retained", "dense"), ("controlled", "control")):
+        base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"]
+        frame[name] = 100 * frame["score"].to_numpy() / base.reindex(keys).to_numpy()
+    dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["size_bytes"]
+    frame["smaller"] = dense.reindex(keys).to_numpy() / frame["size_bytes"].to_numpy()
+    return frame
+
+
+def _row(record: Record) -> dict[str, Any]:
+    spec = record.spec
+    assert isinstance(spec, TranslationSpec | TrainSpec)
+    settings = spec.compressor.settings if spec.compressor else {}
+    parts, diverged = settings.get("parts", []), record.result.get("diverged", {})
+    return {
+        "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
+        "procedure": procedure(spec), "bits": settings.get("bits", FLOAT_BITS),
+        "bucketing": settings.get("bucketing", True), "part": parts[0] if parts else "",
+        "delay": settings.get("delay", np.nan), "guards": guards_taken(settings), "score": record["score"],
+        "greedy": record.result.get("greedy", np.nan),
+        "size_bytes": record.result.get("model", {}).get("size_bytes", np.nan),
+        "train_s": record.result.get("training", {}).get("seconds", 0.0),
+        "diverged": diverged.get("place", ""), "diverged_progress": diverged.get("progress", np.nan),
+    }  # fmt: skip
+
+
+def everything(frame: pd.DataFrame, procedures: Iterable[str] = tuple(STYLES)) -> pd.DataFrame:
+    """Rows of the paper's own setting: all parts, bucketed, guarded, not a delay's ablation, none diverged."""
+    whole = frame[frame["procedure"].isin(list(procedures)) & (frame["part"] == "") & frame["bucketing"]]
+    return whole[whole["diverged"] == ""]
+
+
+def part_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """Post-training runs that quantise one part alone, with the run that quantises all of them; ordered as ``PARTS``."""
+    rows = frame[(frame["procedure"] == "post") & frame["bucketing"]].copy()
+    rows = rows[rows["bits"].isin(rows.loc[rows["part"] != "", "bits"])]
+    rows["part"] = rows["part"].replace("", "everything").str.replace("_", " ")
+    order = [*(part.replace("_", " ") for part in PARTS), "everything"]
+    rows["order"] = rows["part"].map(order.index)
+    return rows.sort_values(["bits", "order"], ascending=[False, True]).drop(columns="order")
+
+
+def bucketing_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """Retained share with and without bucketing, one row per task, procedure, bits and seed that has both."""
+    rows = frame[frame["procedure"].isin(["post", "aware"]) & (frame["part"] == "")]
+    keys = ["task", "title", "procedure", "bits", "seed"]
+    pairs = rows.pivot_table(index=keys, columns="bucketing", values="retained").reindex(columns=[True, False]).dropna()
+    return pairs.rename(columns={True: "bucketed", False: "whole"}).reset_index().rename_axis(columns=None)
+
+
+def published_retained() -> pd.DataFrame:
+    """Published BLEU as a share (percent) of the same task's full precision: task, procedure, bits, retained."""
+    rows = published("prato2020", metric="bleu")
+    dense = rows[rows["training"] == "none"].set_index("task")["value"]
+    frame = rows[rows["training"] != "none"].rename(columns={"training": "procedure"})
+    frame = frame[["task", "procedure", "bits", "value", "evidence"]].copy()
+    frame["retained"] = 100 * frame["value"] / frame["task"].map(dense)
+    return frame.reset_index(drop=True)
+
+
+def engine_quality_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per engine that ran a finished QA model: engine, score, bytes of its files."""
+    rows = [
+        {"task": record.spec.task, "seed": record.spec.start.seed, "engine": record.spec.engine,
+         "score": record["score"], "size_bytes": record["size_bytes"], "runs_on": record["runs_on"]}
+        for record in records if isinstance(record.spec, EngineQualitySpec)
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["task", "seed", "engine", "score", "size_bytes", "runs_on"])
+
+
+def translation_latency_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per engine and condition that the translation model was timed at."""
+    rows = [
+        row | {"cpu": record.hardware.get("cpu", ""), "hidden_size": record.spec.shape.hidden_size,
+               "layers": record.spec.shape.layers, "agreement": record["agreement"][row["name"]]["relative_diff"]}
+        for record in records if isinstance(record.spec, TranslationLatencySpec)
+        for row in record["rows"]
+    ]  # fmt: skip
+    return pd.DataFrame(rows)

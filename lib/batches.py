@@ -1,0 +1,65 @@
+"""Training examples for a compressor that looks at gradients, apart from the trainer's own batches.
+
+Drawing them disturbs nothing: the order depends on the run's seed and on the draw alone, so a resumed run sees the same
+batches, and so does a run that does not train at all.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import BatchEncoding
+
+from lib.config import StudyError
+
+LABELS = ("labels", "start_positions", "end_positions")
+
+
+class TrainingData:
+    """A run's training features, tokenised when first asked for."""
+
+    def __init__(
+        self,
+        features: Callable[[], Dataset],
+        collate: Callable[[list[dict[str, Any]]], Any],
+        names: list[str],
+        seed: int,
+        device: torch.device,
+        bf16: bool,
+    ) -> None:
+        """``names``: the model's inputs; labels are added where the features have them."""
+        self._features, self._collate, self._names = features, collate, names
+        self.seed, self.device, self.bf16 = seed, device, bf16
+
+    def __len__(self) -> int:
+        return len(self._features())
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that the run trains in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def batches(self, size: int, count: int, draw: int = 0) -> Iterator[dict[str, Tensor]]:
+        """``count`` batches of ``size`` different examples, with labels, on the run's device.
+
+        Args:
+            draw: another number gives another order.
+
+        Raises:
+            StudyError: there are not that many examples.
+        """
+        features = self._features()
+        if size * count > len(features):
+            raise StudyError(
+                f"pruning asks for {count} gradients of {size} examples each, but there are {len(features)} training "
+                f"examples, enough for {len(features) // size}; lower gradients or gradient_batch"
+            )
+        names = [name for name in (*self._names, *LABELS) if name in features.column_names]
+        rows = features.select_columns(names)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, size * count, size):
+            chosen = [rows[index] for index in order[start : start + size]]
+            yield dict(BatchEncoding(self._collate(chosen)).to(self.device))

@@ -1,0 +1,217 @@
+"""The figures of notebook 04; each function returns the figure and the plotted rows, none when nothing is measured."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib import figures
+from lib.block_analysis import alive, history_frame, score_counts, survivors
+from lib.published_shapes import HEADLINE
+from lib.runs import Record
+
+PRUNED = ("hybrid", "hybrid-filled", "hybrid-top-k", "block", "struct", "movement", "magnitude", "hybrid-large",
+          "hybrid-large-filled")  # fmt: skip
+SHADES = (figures.GREEN, figures.VERMILION, figures.BLUE, figures.ORANGE, figures.PURPLE, figures.SKY)
+
+
+def score_against_density(frame: pd.DataFrame, theirs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Left the score of each way to prune against the density, right the retained share with the published ones.
+
+    Args:
+        frame: ``block_analysis.block_frame`` of one task.
+        theirs: ``block_analysis.published_curves``.
+    """
+    fig, (left, right) = figures.new_figure("page", 1, 2)
+    dense = frame[frame["method"] == "dense"]["score"]
+    drawn = []
+    for method in PRUNED:
+        part = frame[frame["method"] == method]
+        if len(part):
+            drawn.append(_by_strength(left, part, "density", "score", method))
+            _by_strength(right, part, "density", "retained", method)
+        printed = theirs[(theirs["method"] == method) & (theirs["teacher"] == "base")]
+        if len(printed):
+            style = figures.style_of(method, published=True)
+            right.plot(printed.sort_values("density")["density"], printed.sort_values("density")["retained"], **style)
+            drawn.append(printed.assign(published=True, n=1)[["method", "published", "density", "retained", "n"]])
+    for ax in (left, right):
+        ax.set(xlabel="weights left (%)", xlim=(0, 102))
+    left.set_ylabel("score (%)")
+    right.set_ylabel("retained share (%)")
+    if len(dense):
+        left.axhline(dense.mean(), color=figures.BLACK, linewidth=0.9)
+        figures.retained_line(left, dense.mean())
+    figures.retained_line(right, 100)
+    figures.outside_legend(fig)
+    return fig, pd.concat(drawn, ignore_index=True)
+
+
+def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> pd.DataFrame:
+    """Mean over seeds of both coordinates at each strength, joined by a line, with the 95 % interval of ``y``."""
+    rows = []
+    for strength, group in part.groupby("strength"):
+        found = figures.bootstrap_interval(group[y])
+        rows.append({"method": method, "published": False, "strength": strength, x: group[x].mean(), y: found.mean,
+                     "low": found.low, "high": found.high, "n": found.n})  # fmt: skip
+    points = pd.DataFrame(rows).sort_values(x)
+    errors = np.abs(points[["low", "high"]].to_numpy().T - points[y].to_numpy())
+    ax.errorbar(points[x], points[y], np.nan_to_num(errors), capsize=2, zorder=3, **figures.style_of(method))
+    return points
+
+
+def what_survives(records: Mapping[str, Record], heads: int, units: int) -> tuple[Figure, pd.DataFrame]:
+    """Share of heads (left) and units (right) kept in each layer, one line per run.
+
+    Args:
+        records: legend -> finished pruning run of one encoder.
+        heads, units: of each layer before pruning.
+    """
+    fig, axes = figures.new_figure("page", 1, 2, sharey=True)
+    drawn = []
+    for (name, record), color in zip(records.items(), SHADES * 2, strict=False):
+        kept = survivors(record)
+        for ax, kind, total in zip(axes, ("heads", "units"), (heads, units), strict=True):
+            rows = kept[kept["kind"] == kind]
+            rows = rows.assign(run=name, share=100 * rows["kept"] / total)
+            ax.plot(rows["index"], rows["share"], marker="os"[kind == "units"], color=color, label=name)
+            ax.set(xlabel="layer", ylim=(-4, 104), title=kind, xticks=sorted(rows["index"]))
+            drawn.append(rows)
+    axes[0].set_ylabel("kept (%)")
+    figures.outside_legend(fig)
+    return fig, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame()
+
+
+def scores_in_training(record: Record) -> tuple[Figure, pd.DataFrame]:
+    """Distribution of attention's (left) and the FFN's (right) scores over training, with the threshold on S."""
+    fig, axes = figures.new_figure("page", 1, 2, sharey=True)
+    history = history_frame(record)
+    for ax, kind in zip(axes, ("attention", "ffn"), strict=True):
+        counts, progress, edges = score_counts(record, kind)
+        share = 100 * counts / counts.sum(1, keepdims=True)
+        inner = np.clip(edges, -6, 6)  # the outer bins hold all that is beyond
+        mesh = ax.pcolormesh(_edges(progress), inner, share.T, cmap="Greens", vmin=0, vmax=40)
+        if history["threshold"].notna().all():
+            tau = history["threshold"].astype(float).to_numpy()
+            with np.errstate(divide="ignore"):
+                bound = np.log(tau / (1 - tau))
+            ax.plot(history["progress"], np.clip(bound, -6, 6), color=figures.VERMILION, label="threshold")
+        ax.set(xlabel="progress of training", title={"attention": "attention blocks", "ffn": "FFN units"}[kind])
+    axes[0].set_ylabel("score S")
+    fig.colorbar(mesh, ax=list(axes), label="share of scores (%)")
+    return fig, history
+
+
+def _edges(progress: Sequence[float]) -> np.ndarray:
+    """Edges of cells centred on the points of training."""
+    middles = (np.array(progress[1:]) + np.array(progress[:-1])) / 2
+    return np.concatenate([[0.0], middles, [1.0]])
+
+
+def deaths_in_training(record: Record) -> tuple[Figure, pd.DataFrame]:
+    """Heads (left) and units (right) alive in each place while the masks close, as shares of those at the start."""
+    fig, axes = figures.new_figure("page", 1, 2)
+    drawn = []
+    for ax, kind, part in zip(axes, ("heads", "units"), ("attention", "ffn"), strict=True):
+        counts, progress = alive(record, kind)
+        places = record["compression"]["places"][part]
+        share = 100 * counts / counts[0]
+        rows = np.arange(len(places) + 1) + 0.5
+        mesh = ax.pcolormesh(_edges(progress), rows, share.T, cmap="Greens", vmin=0, vmax=100)
+        ax.set(xlabel="progress of training", title=kind, ylabel="layer", yticks=range(1, len(places) + 1))
+        table = pd.DataFrame(share, columns=places).assign(progress=progress, kind=kind)
+        drawn.append(table.melt(["kind", "progress"], var_name="place", value_name="alive (%)"))
+    fig.colorbar(mesh, ax=list(axes), label="alive (%)")
+    return fig, pd.concat(drawn, ignore_index=True)
+
+
+def block_sizes(frame: pd.DataFrame, sizes: Sequence[str]) -> tuple[Figure, pd.DataFrame]:
+    """Retained share against weights left (left) and against weights stored after removal (right), by block size.
+
+    Args:
+        frame: hybrid runs at one strength, any tasks; one colour per block size, one marker per task.
+    """
+    fig, axes = figures.new_figure("page", 1, 2, sharey=True)
+    rows = frame.groupby(["block", "title"], sort=False)[["density", "stored", "retained"]].mean().reset_index()
+    rows["n"] = frame.groupby(["block", "title"], sort=False).size().to_numpy()
+    titles = list(dict.fromkeys(rows["title"]))
+    for size, color in zip(sizes, SHADES, strict=False):
+        for title, marker in zip(titles, "os^D", strict=False):
+            part = rows[(rows["block"] == size) & (rows["title"] == title)]
+            for ax, x in zip(axes, ("density", "stored"), strict=True):
+                ax.plot(part[x], part["retained"], marker=marker, color=color, linestyle="", label=f"{size}, {title}")
+    for ax, label in zip(axes, ("weights left (%)", "weights stored after removal (%)"), strict=True):
+        ax.set(xlabel=label)
+    axes[0].set_ylabel("retained share (%)")
+    figures.outside_legend(fig)
+    return fig, rows
+
+
+def published_speed(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """The paper's main figure again: published F1 against speed-up, theirs hollow, ours filled, one panel per engine.
+
+    Args:
+        frame: ``block_analysis.shape_speed_frame`` at one batch size.
+    """
+    engines = list(dict.fromkeys(frame["engine"]))
+    across = min(4, len(engines))
+    down = -(-len(engines) // across)
+    options = {"height": 0.7 + 1.7 * down, "squeeze": False, "sharex": True, "sharey": True}
+    fig, axes = figures.new_figure("page", down, across, **options)
+    for ax, engine in zip(axes.flat, engines, strict=False):
+        part = frame[frame["engine"] == engine]
+        for variant, rows in part.groupby("variant", sort=False):
+            hollow = figures.style_of(str(variant), published=True) | {"linestyle": "", "alpha": 0.55}
+            ax.plot(rows["speedup"], rows["f1"], **hollow)
+            ax.plot(rows["ours"], rows["f1"], **figures.style_of(str(variant)) | {"linestyle": ""})
+        headline = part[part["checkpoint"] == HEADLINE]
+        for row in headline.to_dict("records"):
+            ax.annotate("", (row["ours"], row["f1"]), (row["speedup"], row["f1"]),
+                        arrowprops={"arrowstyle": "->", "color": figures.VERMILION, "linewidth": 0.9})  # fmt: skip
+        ax.axvline(1, color=figures.GREY, linewidth=0.6)
+        ax.set(title=figures.METHODS[engine][2])
+    for ax in axes.flat[len(engines) :]:
+        ax.set_visible(False)
+    fig.supxlabel("times faster than dense BERT-base", fontsize=8)
+    fig.supylabel("published F1 (%)", fontsize=8)
+    figures.outside_legend(fig)
+    return fig, frame
+
+
+def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.DataFrame,
+                        methods: Iterable[str] = PRUNED) -> tuple[Figure, pd.DataFrame]:  # fmt: skip
+    """Retained share against measured speed of our models, one panel per engine, with the published points hollow.
+
+    Args:
+        frame: ``block_analysis.block_frame``.
+        speed: ``analysis.latency_frame`` of ``plans.trained_speed``, whose models are named by the hash of a record.
+        theirs: ``block_analysis.published_curves``.
+    """
+    joined = speed.merge(frame[["hash", "method", "task", "title", "seed", "strength", "density", "retained"]],
+                         left_on="model", right_on="hash")  # fmt: skip
+    engines = list(dict.fromkeys(joined["engine"]))
+    across = min(4, max(1, len(engines)))
+    down = max(1, -(-len(engines) // across))
+    options = {"height": 0.7 + 1.7 * down, "squeeze": False, "sharex": True, "sharey": True}
+    fig, axes = figures.new_figure("page", down, across, **options)
+    for ax, engine in zip(axes.flat, engines, strict=False):
+        for method in methods:
+            rows = joined[(joined["engine"] == engine) & (joined["method"] == method)]
+            if len(rows):
+                ax.plot(rows["ratio_to_dense"], rows["retained"], **figures.style_of(method) | {"linestyle": ""})
+            printed = theirs[(theirs["method"] == method) & (theirs["teacher"] == "base")].sort_values("speedup")
+            if len(printed):
+                style = figures.style_of(method, published=True) | {"alpha": 0.55}
+                ax.plot(printed["speedup"], printed["retained"], **style)
+        figures.retained_line(ax, 100)
+        ax.set(title=figures.METHODS[engine][2])
+    for ax in axes.flat[len(engines) :]:
+        ax.set_visible(False)
+    fig.supxlabel("times faster than dense", fontsize=8)
+    fig.supylabel("retained share (%)", fontsize=8)
+    figures.outside_legend(fig)
+    columns = ["engine", "batch", "length", "method", "title", "seed", "strength", "density", "retained",
+               "ratio_to_dense", "ratio_q1", "ratio_q3", "median_ms"]  # fmt: skip
+    return fig, joined[columns]

@@ -1,0 +1,123 @@
+"""Verdicts on FullyQT (Prato et al. 2020). All its published numbers are second-hand here, and say so."""
+
+import pandas as pd
+
+from lib.analysis_fullyqt import everything, published_retained
+from lib.claims import NOT_RUN, seeds_of, verdict
+from lib.figures import bootstrap_interval
+from lib.published import published
+from lib.quantized_storage import exact_bytes
+from lib.translation import TranslationConfig, TranslationModel
+
+LOSSLESS = 1.0  # points of retained share; the paper's BLEU varies by up to 2 % from seed to seed
+COLLAPSED = 90.0  # percent retained; below this a translation model is of little use
+SECOND_HAND = "published: second-hand"
+
+
+def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per claim.
+
+    Args:
+        frame: ``analysis_fullyqt.quantized_frame``, the translation tasks' rows; may be empty.
+    """
+    whole = everything(frame)
+    rows = [
+        _size(8),
+        _lossless("8 bits, trained quantised, are at or above full precision", whole, 8, "scratch"),
+        _lossless("8 bits, trained on quantised, are at or above full precision", whole, 8, "aware"),
+        _lossless("8 bits, rounded after training, are at or above full precision", whole, 8, "post"),
+        _lossless("6 bits, trained on quantised, are at or above full precision", whole, 6, "aware"),
+        _gains_from_training(whole, 6),
+        _collapses(whole, 4),
+        *(_diverges(frame, guards) for guards in ("masked scores counted", "denominator from zero", "neither guard")),
+    ]
+    return pd.DataFrame(rows)
+
+
+def transformer_base_bytes(bits: int | None) -> int:
+    """Bytes of the published shape, Transformer base with 37,000 tokens, in fp32 or quantised, without file headers."""
+    import torch
+
+    with torch.device("meta"):
+        model = TranslationModel(TranslationConfig(
+            vocab_size=37_000, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
+        ))  # fmt: skip
+    return exact_bytes(model, bits)
+
+
+def _size(bits: int) -> dict[str, str]:
+    printed = published("prato2020", metric="compression", bits=bits)["value"].item()
+    ours = transformer_base_bytes(None) / transformer_base_bytes(bits)
+    return verdict(
+        f"{bits} bits are {printed:.2f} × smaller", "size", f"{printed:.2f} ×", f"{ours:.2f} ×",
+        bool(ours >= 0.99 * printed),
+        f"exact count: Transformer base, 37,000 tokens, a range per row, biases in fp32; {SECOND_HAND}",
+    )  # fmt: skip
+
+
+def _printed(bits: int, kind: str) -> str:
+    """Published retained share of WMT14 En-De; training with rounding is one procedure there."""
+    rows = published_retained()
+    known = "post" if kind == "post" else "aware"
+    found = rows[(rows["task"] == "wmt14") & (rows["bits"] == bits) & (rows["procedure"] == known)]
+    return f"{found['retained'].item():.1f} %" if len(found) else "none"
+
+
+def _lossless(claim: str, whole: pd.DataFrame, bits: int, kind: str) -> dict[str, str]:
+    rows = whole[(whole["procedure"] == kind) & (whole["bits"] == bits)].dropna(subset=["retained"])
+    if rows.empty:
+        return verdict(claim, "quality", _printed(bits, kind), NOT_RUN, None, "")
+    share = bootstrap_interval(rows["retained"])
+    control = rows["controlled"].mean()
+    beside = f"; {control:.1f} % of the dense model trained on as long" if kind == "aware" and control == control else ""
+    evidence = f"retained BLEU, {_where(rows)}{beside}; {SECOND_HAND}"
+    ours = f"{share.mean:.1f} %" + (f" ({share.low:.1f}–{share.high:.1f})" if share.n > 1 else "")
+    return verdict(claim, "quality", _printed(bits, kind), ours, bool(share.mean >= 100 - LOSSLESS), evidence,
+                   seeds_of(rows))  # fmt: skip
+
+
+def _gains_from_training(whole: pd.DataFrame, bits: int) -> dict[str, str]:
+    claim = f"{bits} bits want training with rounding: rounding afterwards loses more"
+    printed = published_retained()
+    printed = printed[(printed["task"] == "wmt14") & (printed["bits"] == bits)].set_index("procedure")["retained"]
+    theirs = f"{printed['aware'] - printed['post']:+.1f} points"
+    rows = whole[whole["bits"] == bits]
+    pairs = rows.pivot_table(index=["task", "seed"], columns="procedure", values="retained")
+    if not {"aware", "post"} <= set(pairs) or pairs[["aware", "post"]].dropna().empty:
+        return verdict(claim, "quality", theirs, NOT_RUN, None, "")
+    pairs = pairs[["aware", "post"]].dropna()
+    gain = bootstrap_interval(pairs["aware"] - pairs["post"])
+    evidence = f"retained BLEU, trained on minus rounded afterwards, {len(pairs)} pairs of task and seed; {SECOND_HAND}"
+    return verdict(claim, "quality", theirs, f"{gain.mean:+.1f} points", bool(gain.mean > 0), evidence,
+                   seeds_of(pairs.reset_index()))  # fmt: skip
+
+
+def _collapses(whole: pd.DataFrame, bits: int) -> dict[str, str]:
+    claim = f"{bits} bits collapse"
+    rows = whole[whole["bits"] == bits].dropna(subset=["retained"])
+    if rows.empty:
+        return verdict(claim, "quality", _printed(bits, "aware"), NOT_RUN, None, "")
+    means = rows.groupby("procedure")["retained"].mean()
+    best = means.idxmax()
+    ours = f"{means[best]:.1f} % ({best}, the best of {len(means)})"
+    evidence = f"retained BLEU; collapse: under {COLLAPSED:.0f} %; {_where(rows)}; {SECOND_HAND}"
+    return verdict(claim, "quality", _printed(bits, "aware"), ours, bool(means[best] < COLLAPSED), evidence,
+                   seeds_of(rows))  # fmt: skip
+
+
+def _diverges(frame: pd.DataFrame, guards: str) -> dict[str, str]:
+    claim = f"Quantising everything naively diverges ({guards})"
+    rows = frame[frame["guards"] == guards]
+    if rows.empty:
+        return verdict(claim, "quality", "nan", NOT_RUN, None, "")
+    bad = rows[rows["diverged"] != ""]
+    places = bad["diverged"].str.rpartition(", ")[2].unique()
+    ours = f"{len(bad)} of {len(rows)} runs"
+    evidence = f"first not finite: {', '.join(sorted(places))}" if len(bad) else "all values stayed finite"
+    bits = ", ".join(str(width) for width in sorted(rows["bits"].unique(), reverse=True))
+    return verdict(claim, "quality", "nan", ours, len(bad) == len(rows), f"{evidence}; {bits} bits; {SECOND_HAND}",
+                   seeds_of(rows))  # fmt: skip
+
+
+def _where(rows: pd.DataFrame) -> str:
+    return f"{', '.join(rows['title'].unique())}, n = {len(rows)}"

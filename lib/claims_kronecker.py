@@ -1,0 +1,148 @@
+"""The claims of Tahaei et al. (2021), each checked against the records of notebook 07."""
+
+import pandas as pd
+
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
+from lib.data import TASKS
+from lib.figures import bootstrap_interval
+from lib.kronecker_analysis import NAMES, complete, exact_sizes, published_retained
+from lib.published import published
+
+NEARLY_ALL = 99.0  # percent of the dense score
+
+
+def kronecker(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
+    """Verdicts on the paper.
+
+    Args:
+        frame: ``kronecker_analysis.kronecker_frame``.
+        speed: ``analysis.latency_frame`` of ``plans.kronecker_speed``; may be empty.
+    """
+    full = frame[frame["variant"] == "full"].dropna(subset=["retained"])
+    return pd.DataFrame([
+        *(_size(name) for name in ("kron8", "kron19", "kron21")),
+        _slower(speed),
+        _faster(speed),
+        *(_nearly_all(full, name) for name in ("kron8", "kron21")),
+        *(_squad(full, name) for name in ("kron8", "kron21")),
+        _ablation(frame, "no_text", "The first stage is worth much", "no", "yes"),
+        _ablation(frame, "no_teacher", "The teacher helps in the second stage too", "yes", "no"),
+    ])  # fmt: skip
+
+
+def _size(name: str) -> dict[str, str]:
+    sizes = exact_sizes().set_index("configuration")
+    row = sizes.loc[name]
+    holds = round(row["exact (M)"], 1) == row["published (M)"]
+    evidence = "exact count on BERT-base, with positions, biases and pooler; "
+    if holds:
+        evidence += "equal to the printed digit"
+    else:
+        evidence += (
+            f"the printed shapes cannot give the printed size; without position embeddings they count "
+            f"{row['without positions (M)']:.2f} M, but then the other models do not fit"
+        )
+    compression = published("tahaei2021", metric="compression", method=name)["value"].max()
+    return verdict(
+        f"{NAMES[name]} is {compression:g} times smaller than BERT-base", "size", f"{row['published (M)']:.1f} M",
+        f"{row['exact (M)']:.2f} M ({row['ratio']:.1f} times)", bool(holds), evidence,
+    )  # fmt: skip
+
+
+def _smallest_batch(speed: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The paper times batch 1."""
+    return speed[(speed["model"] == name) & (speed["batch"] == 1)] if len(speed) else speed
+
+
+def _conditions(rows: pd.DataFrame) -> str:
+    row = rows.iloc[0]
+    engines = rows["engine"].nunique()
+    return (
+        f"{engines} engine{'s' * (engines > 1)} on {row['cpu']}, batch {row['batch']} × {row['length']} tokens, "
+        f"{row['threads']} threads, random weights"
+    )
+
+
+def _printed_speed(name: str) -> dict[str, float]:
+    rows = published("tahaei2021", metric="speedup", method=name)
+    return dict(zip(rows["device"], rows["value"], strict=True))
+
+
+def _slower(speed: pd.DataFrame) -> dict[str, str]:
+    claim, printed = "KroneckerBERT8 is slower than BERT-base", _printed_speed("kron8").values()
+    shown, rows = f"{min(printed):.2f} to {max(printed):.2f} ×", _smallest_batch(speed, "kron8")
+    if rows.empty:
+        return verdict(claim, "speed", shown, NOT_RUN, None, "")
+    ratios = rows["ratio_to_dense"]
+    evidence = f"{_conditions(rows)}; slower on {(ratios < 1).sum()} of them. Published: two phones and a Xeon"
+    return verdict(
+        claim, "speed", shown, f"{ratios.min():.2f} to {ratios.max():.2f} ×", bool((ratios < 1).all()), evidence
+    )
+
+
+def _faster(speed: pd.DataFrame) -> dict[str, str]:
+    claim = "KroneckerBERT19 is faster than BERT-base on a CPU"
+    xeon = next(value for device, value in _printed_speed("kron19").items() if "CPU" in device)
+    rows = _smallest_batch(speed, "kron19")
+    other = ""
+    if rows.empty:  # the same layers with other embeddings
+        rows, other = _smallest_batch(speed, "kron21"), "; measured on KroneckerBERT21, whose layers are the same"
+    if rows.empty:
+        return verdict(claim, "speed", f"{xeon:.2f} ×", NOT_RUN, None, "")
+    ratios = rows["ratio_to_dense"]
+    return verdict(
+        claim, "speed", f"{xeon:.2f} ×", f"{ratios.min():.2f} to {ratios.max():.2f} ×",
+        bool((ratios >= SPEED_TOLERANCE * xeon).all()), _conditions(rows) + other,
+    )  # fmt: skip
+
+
+def _sentences(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["task"].map(lambda task: TASKS[task].kind != "qa").astype(bool)]
+
+
+def _nearly_all(full: pd.DataFrame, name: str) -> dict[str, str]:
+    claim = f"{NAMES[name]} retains more than {NEARLY_ALL:.0f} % on most GLUE tasks"
+    table = _sentences(published_retained())
+    theirs = table[table["configuration"] == name]["retained"]
+    printed = f"{(theirs > NEARLY_ALL).sum()} of {len(theirs)} tasks in its own table"
+    rows = _sentences(full[full["configuration"] == name])
+    if rows.empty:
+        return verdict(claim, "quality", printed, NOT_RUN, None, "")
+    means = rows.groupby("title")["retained"].mean()
+    above = int((means > NEARLY_ALL).sum())
+    evidence = f"retained share, {means.min():.1f} ({means.idxmin()}) to {means.max():.1f} % ({means.idxmax()})"
+    holds = above > len(means) / 2
+    return verdict(claim, "quality", printed, f"{above} of {len(means)} tasks", holds, evidence, seeds_of(rows))
+
+
+def _squad(full: pd.DataFrame, name: str) -> dict[str, str]:
+    claim = f"{NAMES[name]} keeps that share of its F1 on SQuAD 1.1"
+    theirs = published_retained()
+    printed = theirs[(theirs["configuration"] == name) & (theirs["task"] == "squad_v1")]["retained"].item()
+    rows = full[(full["configuration"] == name) & full["task"].isin(["squad_v1", "world_qa"])]
+    if rows.empty:
+        return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
+    mean = rows["retained"].mean()
+    evidence = f"{rows['title'].iloc[0]}, retained share of the same seed's dense model"
+    holds = bool(mean >= printed - QUALITY_TOLERANCE)
+    return verdict(claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", holds, evidence, seeds_of(rows))
+
+
+def _ablation(frame: pd.DataFrame, variant: str, claim: str, text: str, teacher: str) -> dict[str, str]:
+    """Points of score lost without one stage, beside the published loss on the same kind of development sets."""
+    table = published("tahaei2021", place="NAACL Table 6")
+    with_all = table[(table["text"] == "yes") & (table["teacher"] == "yes")].set_index("task")["value"]
+    without = table[(table["text"] == text) & (table["teacher"] == teacher)].set_index("task")["value"]
+    lost = with_all - without
+    printed = ", ".join(f"{TASKS[str(task)].title} −{value:.1f}" for task, value in lost.items())
+    rows = complete(frame[frame["configuration"] == "kron8"], ["full", variant])
+    pairs = rows.pivot_table(index=["task", "seed"], columns="variant", values="score")
+    if pairs.shape[1] < 2 or pairs.empty:
+        return verdict(claim, "quality", printed, NOT_RUN, None, "")
+    gain = bootstrap_interval(pairs["full"] - pairs[variant])
+    spread = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ", a single pair"
+    evidence = f"points of score, paired over {gain.n} (task, seed): {', '.join(rows['title'].unique())}"
+    return verdict(
+        claim, "quality", printed, f"{gain.mean:+.1f} points with it{spread}", bool(gain.mean > 0), evidence,
+        seeds_of(rows),
+    )  # fmt: skip

@@ -1,0 +1,241 @@
+"""All methods on one set of axes: what every record says of size, quality and cost, and which recipes are worth taking.
+
+A *configuration* is a run without its seeds. A recipe's quality is measured through the engine that its latency is
+measured on, so that what int8 costs in score is on the same plot as what it saves in time.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lib.config import Profile, StudyError
+from lib.data import TASKS
+from lib.experiments import weights_folder
+from lib.figures import bootstrap_interval
+from lib.files import write_atomically
+from lib.plans.frontier import recipes
+from lib.runs import Record, read_record
+from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
+
+# compressor: (name of the family, its style in lib.figures.METHODS)
+FAMILIES: dict[str, tuple[str, str]] = {
+    "layer_dropping": ("Poor Man's BERT", "top"),
+    "l0_gates": ("Structured pruning", "l0"),
+    "structured": ("Structured pruning", "l0"),
+    "obert": ("oBERT", "obert"),
+    "block_movement": ("Block movement", "hybrid"),
+    "quantization": ("FullyQT", "int8"),
+    "kronecker": ("KroneckerBERT", "kronecker"),
+}
+DENSE, COMPOUND = "Dense", "Compound"
+
+
+def all_records(profile: Profile) -> list[Record]:
+    """Every record of a profile, in the order of their names.
+
+    Raises:
+        StudyError: one cannot be read; names it.
+    """
+    return [read_record(path) for path in sorted((profile.results / "runs").glob("*.json"))]
+
+
+def family(spec: TrainSpec) -> tuple[str, str]:
+    """Family and style of a run. A run whose start was already compressed is a compound, unless both are one family."""
+    if spec.compressor is None:
+        return DENSE, "dense"
+    own = FAMILIES.get(spec.compressor.name, (spec.compressor.name.rpartition(":")[2], "compound"))
+    before = spec.start if isinstance(spec.start, TrainSpec) and spec.start.compressor else None
+    if before is not None and family(before)[0] != own[0]:
+        return COMPOUND, "compound"
+    return own
+
+
+def configuration(spec: TrainSpec) -> str:
+    """The run's spec without any seed, hashed: equal for runs that differ in seeds alone."""
+
+    def seedless(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: seedless(item) for key, item in value.items() if key != "seed"}
+        return [seedless(item) for item in value] if isinstance(value, list) else value
+
+    return json.dumps(seedless(spec.model_dump(mode="json", exclude_defaults=True)), sort_keys=True)
+
+
+def training_cost(record: Record, by_hash: Mapping[str, Record]) -> float:
+    """Seconds of training of a run and of every run that it starts from, learns from or is informed by.
+
+    NaN when the record of one of them is missing.
+    """
+    spec = record.spec
+    own = record.result.get("training", {}).get("seconds", 0.0)
+    needed: dict[str, Any] = {}
+    for other in [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]:
+        if other is not None:
+            needed[spec_hash(other)] = other
+    for key in needed:
+        own += training_cost(by_hash[key], by_hash) if key in by_hash else np.nan
+    return own
+
+
+def overview(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per compressed training run that has a dense run of the same task and seed beside it.
+
+    ``weights kept (%)`` are the encoder layers' weights that are not zero, ``size (MB)`` is the smallest form in which
+    the record says the model was stored, ``cost (min)`` the training of the whole chain.
+    """
+    by_hash = {record.hash: record for record in records}
+    runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
+    dense = {(s.task, s.seed): record for s, record in runs if s.compressor is None and s.start is None}
+    rows = []
+    for spec, record in runs:
+        base = dense.get((spec.task, spec.seed))
+        if base is None or spec.compressor is None:
+            continue
+        name, style = family(spec)
+        rows.append({
+            "hash": record.hash, "configuration": configuration(spec), "task": spec.task,
+            "title": TASKS[spec.task].title, "seed": spec.seed, "family": name, "style": style,
+            "score": record["score"], "retained": 100 * record["score"] / base["score"],
+            "weights kept (%)": 100 * _weights(record) / base["model"]["layer_parameters"],
+            "size (MB)": _bytes(record) / 1e6, "cost (min)": training_cost(record, by_hash) / 60,
+        })  # fmt: skip
+    columns = ["hash", "configuration", "task", "title", "seed", "family", "style", "score", "retained",
+               "weights kept (%)", "size (MB)", "cost (min)"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _weights(record: Record) -> float:
+    """Encoder-layer parameters that are not zero: the layers' own, less what a sparse method reports as zero."""
+    nonzero = record["compression"].get("nonzero_layer_parameters")
+    return float(nonzero if nonzero is not None else record["model"]["layer_parameters"])
+
+
+def _bytes(record: Record) -> float:
+    stored = record["compression"].get("stored_bytes")
+    return float(stored if stored is not None else record["model"]["size_bytes"])
+
+
+def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds of every configuration, with the 95 % interval of the retained share and n."""
+    rows = []
+    for _, group in frame.groupby(["task", "configuration"], sort=False):
+        found = bootstrap_interval(group["retained"])
+        first = group.iloc[0]
+        numbers = {name: group[name].mean() for name in ("score", "weights kept (%)", "size (MB)", "cost (min)")}
+        about = {name: first[name] for name in ("task", "configuration", "title", "family", "style")}
+        rows.append({**about, **numbers, "retained": found.mean,
+                     "low": found.low, "high": found.high, "n": found.n})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def pareto(frame: pd.DataFrame, cost: str, value: str) -> pd.DataFrame:
+    """Rows that no other row beats in both: less ``cost`` and more ``value``. Sorted by cost."""
+    ordered = frame.dropna(subset=[cost, value]).sort_values([cost, value], ascending=[True, False])
+    best = ordered[value].cummax().shift(fill_value=-np.inf)
+    return ordered[ordered[value] > best]
+
+
+def recipe_frame(study: Profile, records: Iterable[Record], timed: Iterable[Record]) -> pd.DataFrame:
+    """One row per recipe, engine and seed: score through the engine, retained share, speed against the reference.
+
+    Args:
+        records: of ``plans.frontier``.
+        timed: of ``plans.recipe_latency``.
+
+    ``retained`` refers to the dense model in PyTorch, ``speed`` to its latency on the reference engine.
+    """
+    latency = {(row["model"], row["engine"]): row for record in timed for row in record["rows"]}
+    done = {record.hash: record for record in records}
+    rows = []
+    for seed in study.task_seeds(study.frontier.task):
+        made = recipes(study, seed)
+        names = {spec_hash(spec): name for name, spec in made.items()}
+        dense = done.get(spec_hash(made["dense"])) if "dense" in made else None
+        for record in done.values():
+            spec = record.spec
+            if not isinstance(spec, EngineQualitySpec) or spec_hash(spec.start) not in names or dense is None:
+                continue
+            name = names[spec_hash(spec.start)]
+            time = latency.get((name, spec.engine))
+            rows.append({
+                "recipe": name, "engine": spec.engine, "seed": seed, "score": record["score"],
+                "retained": 100 * record["score"] / dense["score"], "size (MB)": record["size_bytes"] / 1e6,
+                "speed": time["ratio_to_dense"] if time else np.nan, "ms": time["median_ms"] if time else np.nan,
+            })  # fmt: skip
+    return pd.DataFrame(rows, columns=["recipe", "engine", "seed", "score", "retained", "size (MB)", "speed", "ms"])
+
+
+def recipe_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds per recipe and engine, with the interval of the retained share and n."""
+    rows = []
+    for (recipe, engine), group in frame.groupby(["recipe", "engine"], sort=False):
+        found = bootstrap_interval(group["retained"])
+        rows.append({"recipe": recipe, "engine": engine, "retained": found.mean, "low": found.low, "high": found.high,
+                     "n": found.n, **{name: group[name].mean() for name in ("size (MB)", "speed", "ms")}})  # fmt: skip
+    columns = ["recipe", "engine", "retained", "low", "high", "n", "size (MB)", "speed", "ms"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
+    """For every loss (percent of the dense score) that one accepts: the fastest recipe, on each engine and on any."""
+    rows = []
+    for loss in losses:
+        good = means[(means["retained"] >= 100 - loss) & means["speed"].notna()]
+        for engine in [*dict.fromkeys(means["engine"]), "any"]:
+            there = good if engine == "any" else good[good["engine"] == engine]
+            if there.empty:
+                rows.append({"loss accepted (%)": loss, "engine": engine, "take": "nothing measured here is within it"})
+                continue
+            best = there.sort_values("speed").iloc[-1]
+            rows.append({
+                "loss accepted (%)": loss, "engine": engine if engine != "any" else f"any: {best['engine']}",
+                "take": best["recipe"], "speed ×": best["speed"], "ms": best["ms"], "retained (%)": best["retained"],
+                "size (MB)": best["size (MB)"], "n": best["n"],
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def export(study: Profile, recipe: str, about: Mapping[str, Any]) -> Path | None:
+    """Copy a recipe's model to ``results/<profile>/recipes/<name>``, ready to load, with ``recipe.json`` beside it.
+
+    Returns None when its weights are not here (only its record travelled).
+
+    Raises:
+        StudyError: unknown recipe, or the folder cannot be written.
+    """
+    seed = study.task_seeds(study.frontier.task)[0]
+    made = recipes(study, seed)
+    if recipe not in made:
+        raise StudyError(f"frontier: no recipe '{recipe}'; there is {'; '.join(made)}")
+    source = weights_folder(study, made[recipe])
+    if not source.is_dir():
+        return None
+    slug = "".join(letter if letter.isalnum() else "-" for letter in recipe.lower())
+    target = study.results / "recipes" / "-".join(filter(None, slug.split("-")))
+    try:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    except OSError as error:
+        raise StudyError(f"cannot write {target} ({error.strerror}); free some space") from None
+    described = {"recipe": recipe, "run": spec_hash(made[recipe]), **about}
+    write_atomically(target / "recipe.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+    return target
+
+
+def verdicts(study: Profile) -> tuple[pd.DataFrame, list[str]]:
+    """The verdict tables that the papers' notebooks saved for this profile, in one; and the papers that are missing."""
+    papers = {"02": "McCarley 2019", "03": "Kurtic 2022", "04": "Lagunas 2021", "05": "Sajjad 2020", "06": "Prato 2020",
+              "07": "Tahaei 2021"}  # fmt: skip
+    found, missing = [], []
+    for number, paper in papers.items():
+        path = study.results / "tables" / f"{number}_verdicts.csv"
+        if path.is_file():
+            found.append(pd.read_csv(path, keep_default_na=False).assign(paper=paper))
+        else:
+            missing.append(f"{paper} (notebook {number})")
+    columns = ["paper", "claim", "check", "published", "ours", "verdict", "evidence"]
+    return pd.concat(found)[columns] if found else pd.DataFrame(columns=columns), missing

@@ -1,0 +1,204 @@
+"""From the records of notebook 07 to its frames: stages, ablations, nearest products, exact sizes, cost of a pass."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from lib.config import Profile, StudyError
+from lib.data import TASKS
+from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
+from lib.models import ARCHITECTURES
+from lib.plans.kronecker import encoder_shapes, variant_of
+from lib.published import published
+from lib.runs import Record
+from lib.specs import FactorisationSpec, TextDistillationSpec, TrainSpec
+
+DENSE = "dense"
+NAMES = {"kron8": "KroneckerBERT8", "kron19": "KroneckerBERT19", "kron21": "KroneckerBERT21"}
+VARIANT_NAMES = {
+    "full": "both stages",
+    "no_text": "no first stage",
+    "no_teacher": "no teacher on the task",
+    "neither": "neither",
+    "random": "random factors",
+    "random_no_text": "random factors, no first stage",
+}
+TERM_NAMES = {
+    "embedding": "embedding output",
+    "attention_scores": "attention scores",
+    "hidden_states": "layer outputs",
+}
+
+
+def configuration_names(profile: Profile) -> dict[KroneckerShapes, str]:
+    """The profile's configurations by their shapes; of two that are alike on a small encoder the first."""
+    found: dict[KroneckerShapes, str] = {}
+    for name in profile.kronecker.configurations:
+        found.setdefault(encoder_shapes(profile, name), name)
+    return found
+
+
+def _configuration(spec: TrainSpec | TextDistillationSpec, names: Mapping[KroneckerShapes, str]) -> str:
+    """A name in ``PUBLISHED``, "dense", or "other" for shapes that the profile does not name."""
+    if spec.compressor is None:
+        return DENSE
+    settings = {key: value for key, value in spec.compressor.settings.items() if key in KroneckerShapes.model_fields}
+    return names.get(KroneckerShapes.model_validate(settings), "other")
+
+
+def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame:
+    """One row per training run on a task.
+
+    ``configuration`` is "dense" or a name in ``PUBLISHED``, ``variant`` one of ``VARIANT_NAMES`` ("dense" without a
+    compressor). ``retained`` is the score as a share (percent) of the dense score of the same task and seed; NaN
+    without one. ``ratio`` is how many times smaller the encoder is, its pooler included where it has one.
+
+    Raises:
+        StudyError: no run is finished.
+    """
+    names, rows = configuration_names(profile), []
+    for record in records:
+        spec = record.spec
+        if not isinstance(spec, TrainSpec):
+            continue
+        rows.append({
+            "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
+            "configuration": _configuration(spec, names), "variant": variant_of(spec) if spec.compressor else DENSE,
+            "score": record["score"], "ratio": record["compression"].get("ratio", 1.0),
+            "parameters": record["model"]["parameters"], "size_bytes": record["model"]["size_bytes"],
+            "train_s": record.result.get("training", {}).get("seconds", 0.0),
+        })  # fmt: skip
+    if not rows:
+        raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
+    frame = pd.DataFrame(rows)
+    dense = frame[frame["configuration"] == DENSE].set_index(["task", "seed"])["score"]
+    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
+    frame["retained"] = 100 * frame["score"].to_numpy() / dense.reindex(keys).to_numpy()
+    return frame
+
+
+def complete(frame: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
+    """Rows of ``variants`` for the tasks and seeds that have every variant that is there at all."""
+    rows = frame[frame["variant"].isin(variants)]
+    counts = rows.groupby(["task", "seed"])["variant"].transform("nunique")
+    return rows[counts == rows["variant"].nunique()]
+
+
+def first_stage_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame:
+    """One row per first stage and term: mean squared error on held-out text before and after, and what is left (%)."""
+    names, rows = configuration_names(profile), []
+    for record in records:
+        if not isinstance(record.spec, TextDistillationSpec):
+            continue
+        for term in TERM_NAMES:
+            before, after = record["before"][term], record["after"][term]
+            rows.append({
+                "configuration": _configuration(record.spec, names),
+                "factors": record["compression"]["initialisation"], "term": term, "before": before, "after": after,
+                "left (%)": 100 * after / before, "minutes": record["training"]["seconds"] / 60,
+                "tokens": record["training"]["tokens"],
+            })  # fmt: skip
+    columns = ["configuration", "factors", "term", "before", "after", "left (%)", "minutes", "tokens"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def loss_curves(records: Iterable[Record], profile: Profile) -> pd.DataFrame:
+    """The first stages' training loss: configuration, factors, step, loss."""
+    names = configuration_names(profile)
+    return pd.DataFrame(
+        [
+            {"configuration": _configuration(record.spec, names), "step": step, "loss": loss,
+             "factors": record["compression"]["initialisation"]}
+            for record in records if isinstance(record.spec, TextDistillationSpec)
+            for step, loss in record["training"]["loss"]
+        ],
+        columns=["configuration", "factors", "step", "loss"],
+    )  # fmt: skip
+
+
+def error_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per shape and kind of weight: name, terms, swap, ratio, kind, relative error (percent)."""
+    rows = []
+    for record in records:
+        if isinstance(record.spec, FactorisationSpec):
+            for label, found in record["configurations"].items():
+                shapes = record.spec.shapes[label]
+                rows += [
+                    {"configuration": label.partition(",")[0], "terms": shapes.terms, "swap": shapes.swap,
+                     "ratio": found["ratio"], "kind": kind, "error": 100 * found["factors"][kind]["error"]}
+                    for kind in KINDS
+                ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["configuration", "terms", "swap", "ratio", "kind", "error"])
+
+
+def published_retained() -> pd.DataFrame:
+    """Published scores of the three configurations as shares (percent) of BERT-base's on the same test or dev set.
+
+    GLUE is the test server's, SQuAD the development set's; both dense rows are from the later version's Tables 2 and 5.
+    """
+    places = ["NAACL Table 2", "NAACL Table 3", "NAACL Table 5", "v1 Table 2", "v1 Table 4"]
+    rows = published("tahaei2021", metric="score", place=places)
+    dense = rows[rows["method"] == DENSE].set_index("task")["value"]
+    later = ~rows["place"].str.startswith("v1") | (rows["method"] == "kron19")  # kron19 is in the first version only
+    frame = rows[later & (rows["method"] != DENSE)][["task", "method", "value", "place"]].copy()
+    frame["retained"] = 100 * frame["value"] / frame["task"].map(dense)
+    return frame.rename(columns={"method": "configuration", "value": "score"}).reset_index(drop=True)
+
+
+def claims_table() -> pd.DataFrame:
+    """What the paper prints of each configuration: parameters, compression, FLOPs, GLUE and SQuAD retained, speed."""
+    rows = published("tahaei2021")
+    retained = published_retained()
+    sentences = retained["task"].map(lambda task: TASKS[task].kind != "qa").astype(bool)
+    glue = retained[sentences].groupby("configuration")["retained"].mean()
+    squad = retained[retained["task"] == "squad_v1"].set_index("configuration")["retained"]
+    found = []
+    for name in PUBLISHED:
+        own = rows[rows["method"] == name]
+        speed = own[own["metric"] == "speedup"]["value"]
+        found.append({
+            "model": NAMES[name], "parameters (M)": _only(own, "parameters"),
+            "compression ×": _only(own, "compression"), "FLOPs (G)": _only(own, "flops"),
+            "GLUE retained (%)": glue.get(name), "SQuAD 1.1 retained (%)": squad.get(name),
+            "speed ×": f"{speed.min():.2f} to {speed.max():.2f}" if len(speed) else None,
+        })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def _only(rows: pd.DataFrame, metric: str) -> float:
+    """The later version's number where both print one."""
+    found = rows[rows["metric"] == metric].sort_values("place")
+    return float(found["value"].iloc[0])
+
+
+def exact_sizes() -> pd.DataFrame:
+    """Exact parameters of the published configurations, encoder and pooler, beside the printed millions."""
+    config = ARCHITECTURES[PUBLISHED_ON]
+    dense = encoder_parameters(config)
+    positions = config.max_position_embeddings * config.hidden_size
+    printed = published("tahaei2021", metric="parameters").set_index("method")["value"]
+    rows: list[dict[str, Any]] = [{"model": "BERT-base", "configuration": DENSE, "exact": dense, "ratio": 1.0}]
+    for name, shapes in PUBLISHED.items():
+        exact = encoder_parameters(config, shapes)
+        rows.append({"model": NAMES[name], "configuration": name, "exact": exact, "ratio": dense / exact})
+    frame = pd.DataFrame(rows)
+    frame["exact (M)"], frame["published (M)"] = frame["exact"] / 1e6, frame["configuration"].map(printed)
+    frame["difference (M)"] = frame["exact (M)"] - frame["published (M)"]
+    frame["without positions (M)"] = (frame["exact"] - positions) / 1e6
+    return frame
+
+
+def cost_frame(latency: pd.DataFrame) -> pd.DataFrame:
+    """What one forward pass computes and moves, per model and batch, relative to the dense model's.
+
+    Args:
+        latency: ``analysis.latency_frame`` of ``plans.kronecker_speed``; not empty.
+    """
+    columns = ["model", "batch", "parameters", "flops", "traffic_bytes"]
+    frame = latency[columns].drop_duplicates(["model", "batch"]).copy()
+    dense = frame[frame["model"] == DENSE].set_index("batch")
+    for column, name in (("flops", "FLOPs ÷"), ("traffic_bytes", "traffic ÷")):
+        frame[name] = frame["batch"].map(dense[column]) / frame[column]
+    frame["FLOPs per byte"] = frame["flops"] / frame["traffic_bytes"]
+    return frame.reset_index(drop=True)

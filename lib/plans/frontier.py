@@ -1,0 +1,110 @@
+"""The runs of notebook 08: compounds of methods that no single paper has, their quality and latency on engines.
+
+A compound is made in the order that a practitioner would: drop layers from the pre-trained encoder and distil the dense
+model into it, train gates on what is left, cut, distil again, and let an engine quantise the rest.
+"""
+
+from lib.compressors.layer_dropping import layers_to_drop
+from lib.config import Profile, StudyError
+from lib.models import ARCHITECTURES
+from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
+from lib.plans.poor_mans_bert import dropped_and_distilled
+from lib.plans.structured_qa import pruned
+from lib.runs import Record
+from lib.specs import EngineQualitySpec, LatencyModel, LatencySpec, Spec, TrainSpec, dense_spec, spec_hash
+
+UNTOUCHED = (1.0, 1.0)
+
+
+def recipe_name(dropped: int, heads: float, units: float) -> str:
+    """What a recipe takes away, for tables and legends."""
+    parts = [f"{dropped} layer{'s' if dropped > 1 else ''} dropped"] if dropped else []
+    if (heads, units) != UNTOUCHED:
+        parts.append(f"{100 * (1 - heads):.0f} % heads, {100 * (1 - units):.0f} % units cut")
+    return "; ".join(parts) or "dense"
+
+
+def recipes(profile: Profile, seed: int) -> dict[str, TrainSpec]:
+    """Name -> the run that ends in the recipe's model; the dense model is the first.
+
+    Raises:
+        StudyError: as many layers dropped as the encoder has.
+    """
+    settings, n = profile.frontier, encoder_layers(profile)
+    made: dict[str, TrainSpec] = {}
+    for dropped in settings.layers_dropped:
+        if not 0 <= dropped < n:
+            raise StudyError(f"frontier.layers_dropped: {dropped} is impossible with {n} layers; give 0 to {n - 1}")
+        base = dense_spec(profile, settings.task, seed)
+        if dropped:
+            base = dropped_and_distilled(profile, settings.task, seed, layers_to_drop("top", dropped, n))
+        for heads, units in settings.operating_points:
+            name = recipe_name(dropped, heads, units)
+            if (heads, units) == UNTOUCHED:
+                made[name] = base
+            else:
+                both = {"heads": heads, "units": units}
+                parent = base if dropped else None
+                made[name] = pruned(profile, settings.task, seed, both, "l0", "retrain and distil", parent)
+    return made
+
+
+def frontier(profile: Profile) -> list[Spec]:
+    """Every recipe and the gates it needs, a seed before the next; then its quality on every engine."""
+    plan: list[Spec] = []
+    for seed in profile.task_seeds(profile.frontier.task):
+        made = recipes(profile, seed).values()
+        for recipe in made:
+            plan += [*recipe.informed_by, recipe]
+        plan += [_quality(profile, recipe, engine) for recipe in made for engine in profile.frontier.engines]
+    return plan
+
+
+def _quality(profile: Profile, recipe: TrainSpec, engine: str) -> EngineQualitySpec:
+    return EngineQualitySpec(
+        task=recipe.task, data=recipe.data, start=recipe, engine=engine, threads=profile.latency.threads
+    )
+
+
+def recipe_latency(profile: Profile, records: list[Record]) -> list[Spec]:
+    """Latency of every recipe that is finished, on every engine, beside the dense model on the reference engine.
+
+    The models have the recipes' shapes and random weights. One seed stands for all: seeds differ in which heads and
+    units a layer keeps, hardly in how many.
+    """
+    settings, latency = profile.frontier, profile.latency
+    seed = profile.task_seeds(settings.task)[0]
+    done = {record.hash: record for record in records}
+    architecture = timed_architecture(profile)
+    models = {"dense": LatencyModel(architecture=architecture)}
+    for name, spec in recipes(profile, seed).items():
+        record = done.get(spec_hash(spec))
+        if record is not None and name != "dense":
+            models[name] = latency_model(record, architecture)
+    engines = tuple(dict.fromkeys((settings.reference, *settings.engines)))
+    return [
+        LatencySpec(
+            models=models, dense="dense", engines=engines, batch=settings.batch, length=settings.length,
+            threads=latency.threads, rounds=latency.rounds, reference=settings.reference,
+        )
+    ]  # fmt: skip
+
+
+def timed_architecture(profile: Profile) -> str:
+    """The profile's encoder as an architecture with random weights; another encoder is timed at the published size."""
+    known = {"minilm": "minilm", "tiny-bert": "tiny"} | {name: name for name in ARCHITECTURES}
+    return known.get(profile.encoder, SPEED_ARCHITECTURES[profile.latency.base_shape])
+
+
+def latency_model(record: Record, architecture: str) -> LatencyModel:
+    """A random-weight model of the shape that a finished run ended with.
+
+    Raises:
+        StudyError: the record does not say what its model's layers look like.
+    """
+    shapes = record["model"].get("shapes")
+    if shapes is None:
+        raise StudyError(f"record {record.hash} says nothing of its layers' shapes; refresh computes it again")
+    n = ARCHITECTURES[architecture].num_hidden_layers
+    drop = tuple(range(len(shapes) + 1, n + 1))
+    return LatencyModel(architecture=architecture, drop=drop, shapes=tuple((heads, units) for heads, units in shapes))

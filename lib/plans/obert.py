@@ -1,0 +1,288 @@
+"""The runs of notebook 03: second-order, upstream and compound pruning, and sparse engines (Kurtic et al. 2022).
+
+Sparsities are shares of the encoder's linear weights that are removed. A budget is one of the paper's two schedules, by
+its length: "long" has the shape of 30 epochs, "short" that of 10.
+"""
+
+from typing import Any, Literal
+
+from lib import engines
+from lib.compressors import CompressorSpec
+from lib.compressors.obert import TEN_EPOCHS, THIRTY_EPOCHS
+from lib.config import Profile, StudyError
+from lib.distillation import Distillation
+from lib.models import ARCHITECTURES, layer_count
+from lib.plans.common import encoder_layers
+from lib.runs import record_path
+from lib.specs import (
+    FisherCostSpec,
+    LatencyModel,
+    LatencySpec,
+    Spec,
+    TrainSpec,
+    UpstreamSpec,
+    data_source,
+    dense_spec,
+    training_settings,
+)
+
+Budget = Literal["short", "long"]
+IMPORTANCES = ("obert", "magnitude", "movement")
+SHALLOW_FIRST_STEP = 0.3  # the paper's first step for models that have lost layers
+SOFT = Distillation(hard=0.0, logits=1.0, temperature=2.0)  # "hardness 1": the teacher's logits alone
+UPSTREAM_SOFT = Distillation(hard=0.0, logits=1.0, temperature=5.5)
+MASKED = 0.15
+
+
+def schedule(profile: Profile, budget: Budget) -> dict[str, list[float]]:
+    """``prune_at`` and ``rewind_at`` of a budget, with the profile's number of prunings in the long one."""
+    if budget == "short":
+        return {name: list(moments) for name, moments in TEN_EPOCHS.items()}
+    first, last = THIRTY_EPOCHS["prune_at"][0], THIRTY_EPOCHS["prune_at"][-1]
+    n = profile.obert.prunings
+    moments = [first + (last - first) * step / max(1, n - 1) for step in range(n)]
+    return {"prune_at": moments, "rewind_at": moments}
+
+
+def _pruning(profile: Profile, sparsity: float, importance: str, group: int, **changes: Any) -> CompressorSpec:
+    settings = profile.obert
+    values: dict[str, Any] = {"sparsity": sparsity, "group": group, "importance": importance}
+    if sparsity and importance != "magnitude":
+        values |= {
+            "gradients": settings.gradients, "gradient_batch": settings.gradient_batch,
+            "dampening": settings.dampening, "width": settings.widths[0 if group == 1 else 1],
+        }  # fmt: skip
+    return CompressorSpec(name="obert", settings=values | changes)
+
+
+def _training(profile: Profile, task: str, epochs: float) -> Any:
+    settings = profile.obert
+    examples = {"train_examples": settings.train_examples} if task == settings.task else {}
+    return training_settings(profile, task, epochs=epochs, learning_rate=settings.learning_rate, **examples)
+
+
+def _epochs(profile: Profile, budget: Budget) -> float:
+    return profile.obert.long_epochs if budget == "long" else profile.obert.short_epochs
+
+
+def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "obert", group: int = 1,
+           budget: Budget = "long", layers: int | None = None) -> TrainSpec:  # fmt: skip
+    """Gradual pruning of the finished dense model of the headline task, distilled from it.
+
+    Args:
+        sparsity: 0 is the paper's fair control: the dense model under the same recipe.
+        layers: kept; the others are dropped from the top and the rest fine-tuned first.
+    """
+    task, total = profile.obert.task, encoder_layers(profile)
+    teacher, shallow = dense_spec(profile, task, seed), layers is not None and layers < total
+    first = min(SHALLOW_FIRST_STEP if shallow else profile.obert.first_step, sparsity)
+    changes = schedule(profile, budget) | {"first_step": first}
+    return teacher.model_copy(update={
+        "start": fewer_layers(profile, seed, layers) if shallow and layers else teacher,
+        "compressor": _pruning(profile, sparsity, importance, group, **changes),
+        "training": _training(profile, task, _epochs(profile, budget)), "distillation": SOFT, "teacher": teacher,
+    })  # fmt: skip
+
+
+def fewer_layers(profile: Profile, seed: int, layers: int) -> TrainSpec:
+    """The dense model with its top layers dropped, fine-tuned again under the long budget, distilled."""
+    task = profile.obert.task
+    teacher, total = dense_spec(profile, task, seed), encoder_layers(profile)
+    if not 0 < layers < total:
+        raise StudyError(f"obert.compound_layers: {layers} of {total} layers; give 1 to {total}")
+    drop = CompressorSpec(name="layer_dropping", settings={"drop": list(range(layers + 1, total + 1))})
+    return teacher.model_copy(update={
+        "start": teacher, "compressor": drop, "training": _training(profile, task, _epochs(profile, "long")),
+        "distillation": SOFT, "teacher": teacher,
+    })  # fmt: skip
+
+
+def one_shot(profile: Profile, seed: int, sparsity: float, importance: str, recomputations: int = 1) -> TrainSpec:
+    """Prune the finished dense model at once and train no further."""
+    teacher = dense_spec(profile, profile.obert.task, seed)
+    changes: dict[str, Any] = {"prune_at": [], "rewind_at": []}
+    changes |= {"recomputations": recomputations} if recomputations > 1 else {}
+    return teacher.model_copy(update={
+        "start": teacher, "compressor": _pruning(profile, sparsity, importance, 1, **changes),
+        "training": _training(profile, profile.obert.task, 0),
+    })  # fmt: skip
+
+
+def language_model(profile: Profile, sparsity: float = 0.0) -> UpstreamSpec:
+    """The encoder under a language-modelling head: dense, or pruned in a second stage and distilled from the first."""
+    settings = profile.obert
+    text = settings.upstream_task
+    training = training_settings(
+        profile, text, epochs=settings.upstream_epochs, learning_rate=settings.learning_rate, stride=0,
+        train_examples=settings.train_examples if text == settings.task else profile.tasks[text].train_examples,
+    )  # fmt: skip
+    dense = UpstreamSpec(
+        task=text, data=data_source(profile, text), encoder=profile.encoder, seed=profile.seeds[0], training=training,
+        masked=MASKED,
+    )  # fmt: skip
+    if not sparsity:
+        return dense
+    changes = schedule(profile, "long") | {"first_step": min(settings.first_step, sparsity)}
+    return dense.model_copy(update={
+        "training": training.model_copy(update={"epochs": settings.upstream_prune_epochs}),
+        "compressor": _pruning(profile, sparsity, "obert", 1, **changes), "start": dense,
+        "distillation": UPSTREAM_SOFT, "teacher": dense,
+    })  # fmt: skip
+
+
+def transfer(profile: Profile, task: str, seed: int, sparsity: float) -> TrainSpec:
+    """Sparse transfer: the upstream encoder, its zeros held, fine-tuned on a task and distilled from its dense model.
+
+    Sparsity 0 is the control: the dense upstream encoder, trained alike.
+    """
+    teacher, settings = dense_spec(profile, task, seed), profile.obert
+    return teacher.model_copy(update={
+        "start": language_model(profile, sparsity), "teacher": teacher, "distillation": SOFT,
+        "compressor": CompressorSpec(name="fixed_masks") if sparsity else None,
+        "training": training_settings(
+            profile, task, epochs=settings.transfer_epochs, learning_rate=settings.learning_rate
+        ),
+    })  # fmt: skip
+
+
+def in_int8(profile: Profile, start: TrainSpec) -> TrainSpec:
+    """Quantisation-aware training of a pruned model, its masks held."""
+    training = _training(profile, start.task, profile.obert.int8_epochs)
+    teacher = dense_spec(profile, start.task, start.seed)
+    return start.model_copy(update={
+        "start": start, "compressor": CompressorSpec(name="sparse_int8"), "training": training,
+        "distillation": SOFT, "teacher": teacher,
+    })  # fmt: skip
+
+
+def _headline(profile: Profile, seed: int) -> list[Spec]:
+    """Dense, its control, and every ranking at every sparsity."""
+    plan: list[Spec] = [dense_spec(profile, profile.obert.task, seed)]
+    for sparsity in profile.obert.sparsities:
+        plan += [pruned(profile, seed, sparsity, importance) for importance in IMPORTANCES]
+        if len(plan) == 1 + len(IMPORTANCES):
+            plan.append(pruned(profile, seed, 0.0))
+    return plan
+
+
+def _one_shot(profile: Profile, seed: int) -> list[Spec]:
+    settings = profile.obert
+    plan: list[Spec] = []
+    for parts in settings.recomputations:
+        plan += [one_shot(profile, seed, sparsity, "obert", parts) for sparsity in settings.one_shot_sparsities]
+    plan += [one_shot(profile, seed, sparsity, "magnitude") for sparsity in settings.one_shot_sparsities]
+    return plan
+
+
+def _compound(profile: Profile, seed: int) -> list[Spec]:
+    """Fewer layers × runs of four × INT8, each stage a run of its own."""
+    plan: list[Spec] = []
+    for layers in profile.obert.compound_layers:
+        for sparsity in profile.obert.compound_sparsities:
+            sparse = pruned(profile, seed, sparsity, group=4, layers=layers)
+            plan += [sparse, in_int8(profile, sparse)]
+    return plan
+
+
+def _upstream(profile: Profile, seed: int) -> list[Spec]:
+    settings = profile.obert
+    plan: list[Spec] = []
+    for sparsity in settings.upstream_sparsities:
+        plan += [language_model(profile), language_model(profile, sparsity)]
+        for task in settings.transfer_tasks:
+            if seed in profile.task_seeds(task):
+                plan += [dense_spec(profile, task, seed), transfer(profile, task, seed, sparsity)]
+                plan += [transfer(profile, task, seed, 0.0)]
+    return plan
+
+
+def obert(profile: Profile) -> list[Spec]:
+    """All quality runs of notebook 03, what the claims need first, a whole seed before the next one."""
+    settings = profile.obert
+    if settings.task not in profile.tasks:
+        raise StudyError(f"obert.task: the profile has no task '{settings.task}'; it has {', '.join(profile.tasks)}")
+    missing = [task for task in (settings.upstream_task, *settings.transfer_tasks) if task not in profile.tasks]
+    reduced = settings.model_copy(update={"upstream_sparsities": ()}) if missing else settings
+    profile = profile.model_copy(update={"obert": reduced})
+    plan: list[Spec] = []
+    for seed in profile.task_seeds(settings.task):
+        plan += [*_headline(profile, seed), *_compound(profile, seed), *_one_shot(profile, seed)]
+        plan += _upstream(profile, seed)
+        plan += [pruned(profile, seed, sparsity, budget="short") for sparsity in settings.sparsities]
+        plan += [pruned(profile, seed, 0.0, budget="short")]
+    return plan
+
+
+def fisher_cost(profile: Profile) -> list[Spec]:
+    """What the block Fisher costs, at each width; MiniLM in full where it is the encoder."""
+    settings = profile.obert
+    full = "minilm" if profile.encoder == "minilm" else ""
+    return [
+        FisherCostSpec(
+            weights=settings.cost_weights, width=width, gradients=1024, threads=profile.latency.threads,
+            rounds=profile.latency.rounds, full=full,
+        )
+        for width in dict.fromkeys(settings.widths)
+    ]  # fmt: skip
+
+
+def model_name(layers: int, sparsity: float, group: int = 1) -> str:
+    """A model's name in the speed records: "6 layers 90 % in runs of 4"."""
+    share = f"{100 * sparsity:g} %" + (" in runs of 4" if group == 4 else "") if sparsity else "dense"
+    return f"{layers} layers {share}"
+
+
+def sparse_speed(profile: Profile) -> list[Spec]:
+    """Latency at the published size: dense models on dense engines, sparse ones on sparse engines, the paper's first.
+
+    Every run has the whole dense model in it. Runs none of whose engines is here are left out unless they are recorded.
+    """
+    settings = profile.obert
+    architecture = settings.speed_architecture
+    if architecture not in ARCHITECTURES:
+        raise StudyError(f"obert.speed_architecture: unknown '{architecture}'; known: {', '.join(ARCHITECTURES)}")
+    total = layer_count(ARCHITECTURES[architecture])
+
+    def model(layers: int, sparsity: float = 0.0, group: int = 1) -> dict[str, LatencyModel]:
+        drop = tuple(range(layers + 1, total + 1))
+        made = LatencyModel(architecture=architecture, drop=drop, sparsity=sparsity, group=group)  # type: ignore[arg-type]
+        return {model_name(layers, sparsity, group): made}
+
+    def run(models: dict[str, LatencyModel], group: tuple[str, ...], batch: int, length: int) -> LatencySpec:
+        return LatencySpec(
+            models=model(total) | models, dense=model_name(total, 0.0), engines=group, batch=batch, length=length,
+            threads=profile.latency.threads, rounds=settings.speed_rounds,
+        )  # fmt: skip
+
+    plan: list[Spec] = []
+    for batch, length in settings.speed_conditions:
+        dense = {name: made for layers in settings.speed_layers for name, made in model(layers).items()}
+        plan.append(run(dense, settings.dense_engines, batch, length))
+        for group in settings.sparse_engines:
+            for layers in settings.speed_layers:
+                sparse = {
+                    name: made
+                    for sparsity in settings.speed_sparsities
+                    for runs in (1, 4)
+                    for name, made in model(layers, sparsity, runs).items()
+                }
+                plan.append(run(model(layers) | sparse, group, batch, length))
+    return [spec for spec in plan if _at_hand(profile, spec)]
+
+
+def _at_hand(profile: Profile, spec: Spec) -> bool:
+    assert isinstance(spec, LatencySpec)
+    runs_here = any(engines.unavailable_reason(engine) is None for engine in spec.engines)
+    return runs_here or record_path(profile, spec).exists()
+
+
+def published_checkpoints(profile: Profile) -> list[Spec]:
+    """The authors' own pruned models, evaluated as they come from the hub."""
+    return [
+        TrainSpec(
+            task=task, data=data_source(profile, task), encoder=name, seed=profile.seeds[0],
+            training=training_settings(profile, task, epochs=0), compressor=CompressorSpec(name="fixed_masks"),
+        )
+        for name, task in profile.obert.checkpoints.items()
+        if task in profile.tasks and profile.data == "hub"
+    ]  # fmt: skip

@@ -1,0 +1,139 @@
+"""Notebook 08's arithmetic by hand, and a small series of compounds from training to an exported folder."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lib import frontier, plans
+from lib.config import StudyError, load_profile
+from lib.plans.frontier import latency_model, recipe_name
+from lib.runs import ensure
+from lib.specs import EngineQualitySpec, dense_spec
+from lib.surgery import load_compressed
+
+QA = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "max_length": 64, "stride": 16, "train_examples": 24,
+      "eval_examples": 8}  # fmt: skip
+
+
+def test_pareto_by_hand():
+    frame = pd.DataFrame({"cost": [1, 2, 2, 3, 4, np.nan], "value": [10, 30, 20, 25, 31, 99.0]})
+    assert frontier.pareto(frame, "cost", "value")["value"].tolist() == [10, 30, 31]
+    assert frontier.pareto(frame.iloc[:0], "cost", "value").empty
+
+
+def test_decisions_take_the_fastest_within_the_loss():
+    means = pd.DataFrame({
+        "recipe": ["dense", "small", "tiny", "small"], "engine": ["a", "a", "a", "b"], "retained": [100, 97, 80, 99.0],
+        "speed": [2.0, 5.0, 9.0, 4.0], "ms": [4.0, 2, 1, 2], "size (MB)": [9.0, 5, 2, 5], "n": [3, 3, 3, 1],
+    })  # fmt: skip
+    table = frontier.decisions(means, [2.0, 5.0, 0.5])
+    taken = {(row["loss accepted (%)"], row["engine"]): row["take"] for row in table.to_dict("records")}
+    assert taken[2.0, "a"] == "dense" and taken[2.0, "b"] == "small" and taken[2.0, "any: b"] == "small"
+    assert taken[5.0, "any: a"] == "small" and taken[5.0, "b"] == "small"
+    assert taken[0.5, "b"] == "nothing measured here is within it"
+
+
+def test_names_of_recipes():
+    assert recipe_name(0, 1.0, 1.0) == "dense"
+    assert recipe_name(1, 1.0, 1.0) == "1 layer dropped"
+    assert recipe_name(2, 0.474, 0.348) == "2 layers dropped; 53 % heads, 65 % units cut"
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """A tiny profile with two seeds, its frontier's records and timings."""
+    from conftest import small_profile
+    from yaml import safe_dump
+
+    folder = tmp_path_factory.mktemp("frontier")
+    values = small_profile(folder / "results")
+    values["tasks"] = {"world_qa": QA}
+    values["frontier"] |= {"operating_points": [[1, 1], [0.5, 0.5]]}
+    (folder / "tiny.yaml").write_text(safe_dump(values), encoding="utf-8")
+    study = load_profile(folder / "tiny.yaml")
+    records = ensure(plans.frontier(study), study)
+    return study, records, ensure(plans.recipe_latency(study, list(records)), study)
+
+
+def test_compounds_are_trained_measured_and_timed(series):
+    study, records, timed = series
+    names = list(plans.recipes(study, 0))
+    assert len(names) == 4 and names[0] == "dense"
+    rows = frontier.recipe_frame(study, records, timed)
+    assert rows["recipe"].tolist() == names and (rows["speed"] > 0).all() and (rows["size (MB)"] > 0).all()
+    dense = next(record for record in records if record.hash == frontier.spec_hash(dense_spec(study, "world_qa", 0)))
+    kept = 100 * rows["score"] / dense["score"]
+    np.testing.assert_allclose(rows["retained"], kept)
+    assert {row["dense"] for record in timed for row in record["rows"]} == {"dense/pytorch-fp32"}
+    smallest = timed[0]["models"][names[-1]]
+    assert smallest["layers"] == 2 and smallest["shapes"] is not None
+
+
+def test_timed_shapes_are_the_trained_ones(series):
+    study, records, _ = series
+    done = {record.hash: record for record in records}
+    for name, spec in plans.recipes(study, 0).items():
+        record = done[frontier.spec_hash(spec)]
+        model = latency_model(record, "tiny")
+        assert [list(shape) for shape in model.shapes] == record["model"]["shapes"], name
+        assert len(model.drop) == 4 - record["model"]["layers"], name
+
+
+def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
+    study, records, _ = series
+    frame = frontier.overview(frontier.all_records(study))
+    assert set(frame["family"]) == {"Poor Man's BERT", "Structured pruning", "Compound"}
+    seconds = {record.hash: record.result.get("training", {}).get("seconds", 0.0) for record in records}
+    dropped = frame[frame["family"] == "Poor Man's BERT"].iloc[0]
+    dense = seconds[frontier.spec_hash(dense_spec(study, "world_qa", 0))]
+    assert dropped["cost (min)"] == pytest.approx((seconds[dropped["hash"]] + dense) / 60)
+    assert (frame["weights kept (%)"] < 100).all()
+    points = frontier.by_configuration(frame)
+    assert len(points) == len(frame) and (points["n"] == 1).all()
+
+
+def test_configuration_forgets_seeds_and_nothing_else(series):
+    study, _, _ = series
+    first, second = (list(plans.recipes(study, seed).values()) for seed in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert frontier.configuration(one) == frontier.configuration(other)
+    assert len({frontier.configuration(spec) for spec in first}) == len(first)
+
+
+def test_quality_on_an_engine_is_that_of_the_model(series):
+    """PyTorch in fp32 as the engine gives the score that the record of the training run holds."""
+    study, _, _ = series
+    dense = dense_spec(study, "world_qa", 0)
+    spec = EngineQualitySpec(task="world_qa", data="embedded", start=dense, engine="pytorch-fp32", threads=1)
+    on_engine, trained = ensure([spec, dense], study)
+    assert on_engine["score"] == pytest.approx(trained["score"])
+
+
+def test_export_is_a_folder_that_loads(series):
+    study, _, _ = series
+    name = list(plans.recipes(study, 0))[-1]
+    folder = frontier.export(study, name, {"engine": "onnxruntime-int8"})
+    model, tokenizer = load_compressed(folder)
+    assert len(model.bert.encoder.layer) == 2 and tokenizer is not None
+    assert json.loads((folder / "recipe.json").read_text())["recipe"] == name
+    with pytest.raises(StudyError, match="no recipe 'none'; there is dense; "):
+        frontier.export(study, "none", {})
+
+
+def test_too_many_layers_dropped_is_one_line(series):
+    study, _, _ = series
+    wrong = study.model_copy(update={"frontier": study.frontier.model_copy(update={"layers_dropped": (4,)})})
+    with pytest.raises(StudyError, match="layers_dropped: 4 is impossible with 4 layers; give 0 to 3"):
+        plans.frontier(wrong)
+
+
+def test_verdicts_say_which_papers_are_missing(series):
+    study, _, _ = series
+    folder = study.results / "tables"
+    folder.mkdir(parents=True)
+    row = {"claim": "c", "check": "size", "published": "1", "ours": "1", "verdict": "holds", "evidence": "e"}
+    pd.DataFrame([row]).to_csv(folder / "05_verdicts.csv", index=False)
+    table, missing = frontier.verdicts(study)
+    assert table["paper"].tolist() == ["Sajjad 2020"] and len(missing) == 5

@@ -1,0 +1,285 @@
+"""Notebook 03 around its runs: plan, frames, verdicts, upstream pruning end to end, and the Fisher's cost."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import small_profile
+
+from lib import analysis_obert, benchmark, claims_obert, engines, experiments, fisher_speed, plans
+from lib.analysis_obert import crossover, kind_of, method_of, obert_frame, published_frame, speed_frame
+from lib.config import ROOT, StudyError, load_profile
+from lib.data import TASKS, load_task
+from lib.distillation import Distillation
+from lib.fisher import BlockFisher
+from lib.models import published_parameters
+from lib.plans.obert import SOFT, fewer_layers, language_model, pruned, schedule, sparse_speed, transfer
+from lib.runs import ensure
+from lib.specs import LatencySpec, TrainSpec, UpstreamSpec, label, parse_spec, spec_hash
+from lib.training import TrainingSettings
+from lib.upstream import (
+    IGNORED,
+    MaskedDistiller,
+    collator,
+    load_masked_lm,
+    masked_features,
+    texts,
+)
+
+
+@pytest.fixture
+def study(profile_file):
+    return load_profile(profile_file())
+
+
+def test_plan_begins_with_what_the_claims_need(study):
+    plan = plans.make_plan("obert", study, None)
+    kinds = [kind_of(spec) if isinstance(spec, TrainSpec) else spec.kind for spec in plan]
+    assert kinds[:5] == ["dense", "gradual", "gradual", "gradual", "control"]
+    assert [method_of(spec) for spec in plan[1:4]] == ["obert", "magnitude", "movement"]
+    assert {"int8", "one-shot", "upstream", "transfer", "dense transfer"} <= set(kinds)
+    for spec in plan:
+        assert parse_spec(json.loads(spec.model_dump_json())) == spec and re.fullmatch(r"[\w.]+", label(spec))
+
+
+def test_every_ranking_differs_in_nothing_else(study):
+    specs = [pruned(study, 0, 0.8, importance) for importance in ("obert", "magnitude", "movement")]
+    for spec in specs:
+        settings = spec.compressor.settings
+        chosen = [settings[name] for name in ("prune_at", "rewind_at", "first_step")]
+        assert chosen == [*schedule(study, "long").values(), 0.5]
+        assert spec.distillation == SOFT and spec.teacher == spec.start and spec.training == specs[0].training
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick", "study", "paper"])
+def test_profiles_plan_the_papers_schedules(profile):
+    study = load_profile(profile)
+    long, short = schedule(study, "long"), schedule(study, "short")
+    assert long["prune_at"][0] == pytest.approx(2 / 30) and long["prune_at"][-1] == pytest.approx(26 / 30)
+    assert len(long["prune_at"]) == study.obert.prunings and long["rewind_at"] == long["prune_at"]
+    assert len(short["prune_at"]) == 13 and short["rewind_at"] == [0.8]
+    if profile == "paper":
+        assert [round(30 * moment, 6) for moment in long["prune_at"]] == [2, 6, 10, 14, 18, 22, 26]
+        assert [round(10 * moment, 6) for moment in short["prune_at"]] == [2 + half / 2 for half in range(13)]
+
+
+def test_models_with_fewer_layers_begin_pruning_lower(profile_file):
+    study = load_profile(profile_file(**{"obert.first_step": 0.7}))
+    assert pruned(study, 0, 0.8).compressor.settings["first_step"] == 0.7
+    shallow = pruned(study, 0, 0.8, group=4, layers=2)
+    assert shallow.compressor.settings["first_step"] == 0.3
+    assert shallow.start.compressor.settings == {"drop": [3, 4]} and kind_of(shallow) == "gradual"
+    with pytest.raises(StudyError, match="0 of 4 layers; give 1 to 4"):
+        fewer_layers(study, 0, 0)
+
+
+def test_an_upstream_start_is_another_run_than_a_downstream_one(study):
+    upstream, spec = language_model(study), transfer(study, "world_sentiment", 0, 0.0)
+    assert isinstance(spec.start, UpstreamSpec) and spec.start == upstream
+    again = parse_spec(json.loads(spec.model_dump_json()))
+    assert isinstance(again.start, UpstreamSpec) and spec_hash(again) == spec_hash(spec)
+    assert spec_hash(spec) != spec_hash(spec.model_copy(update={"start": spec.teacher}))
+
+
+def test_engines_that_are_not_here_are_left_out_of_the_plan(study, monkeypatch):
+    monkeypatch.setattr(engines.deepsparse, "FOLDER", Path("/nowhere"))
+    plan = sparse_speed(study)
+    assert [spec.engines for spec in plan] == [("pytorch-fp32",), ("pytorch-csr-fp32",), ("pytorch-csr-fp32",)]
+    assert all(isinstance(spec, LatencySpec) and spec.dense == "4 layers dense" in spec.models for spec in plan)
+    assert {model.group for spec in plan for model in spec.models.values() if model.sparsity} == {1, 4}
+
+
+def test_texts_are_unlabelled_and_different():
+    rows = load_task("world_qa", "embedded", None, 60, 8)["train"]
+    found = texts(TASKS["world_qa"], rows)
+    assert len(set(found)) == len(found) < 60 and set(found) == set(rows["context"])
+    pairs = load_task("world_pair", "embedded", None, 10, 8)["train"]
+    assert set(texts(TASKS["world_pair"], pairs)) == set(pairs["sentence1"]) | set(pairs["sentence2"])
+
+
+def test_masks_are_the_papers_shares_and_depend_on_the_seed_alone(tokenizer):
+    lines = texts(TASKS["world_qa"], load_task("world_qa", "embedded", None, 200, 8)["train"])
+    one, again, other = (masked_features(lines, tokenizer, 64, 2, 0.15, seed) for seed in (0, 0, 1))
+    assert one["input_ids"] == again["input_ids"] != other["input_ids"] and len(one) % 2 == 0
+    assert one["input_ids"][0] != one["input_ids"][len(one) // 2]  # the copies differ
+    tokens, masked, kinds = 0, 0, {"mask": 0, "same": 0, "other": 0}
+    for ids, labels in zip(one["input_ids"], one["labels"], strict=True):
+        tokens += len(ids) - 2
+        assert len(ids) <= 64 and labels[0] == labels[-1] == IGNORED
+        for token, truth in zip(ids, labels, strict=True):
+            if truth != IGNORED:
+                masked += 1
+                kinds["mask" if token == tokenizer.mask_token_id else "same" if token == truth else "other"] += 1
+    assert masked / tokens == pytest.approx(0.15, abs=0.01)
+    assert [kinds[kind] / masked for kind in ("mask", "same", "other")] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    with pytest.raises(StudyError, match="no text"):
+        masked_features([], tokenizer, 64, 1, 0.15, 0)
+
+
+def test_language_model_head_runs_at_masked_positions_alone(tokenizer):
+    settings = TrainingSettings(epochs=1, batch_size=4, learning_rate=1e-3, max_length=32)
+    model = load_masked_lm("tiny-bert", 0, settings).eval()
+    features = masked_features(["a ore miner sold the lamp", "the river"], tokenizer, 32, 1, 0.3, 0)
+    names = ["input_ids", "attention_mask", "labels"]
+    batch = dict(collator(tokenizer)([features.select_columns(names)[i] for i in range(2)]))
+    output = model(**batch)
+    chosen = batch["labels"] != IGNORED
+    assert output.logits.shape == (int(chosen.sum()), 30522)
+    states = model.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    everywhere = torch.nn.functional.cross_entropy(model.cls(states).view(-1, 30522), batch["labels"].view(-1))
+    torch.testing.assert_close(output.loss, everywhere)
+    distiller = MaskedDistiller(Distillation(hard=0.0, logits=1.0, temperature=5.5), copy.deepcopy(model))
+    assert distiller.loss(output, output.loss, batch).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_other_encoders_have_no_upstream_pruning(small_model, tmp_path):
+    small_model("roberta").save_pretrained(tmp_path)
+    settings = TrainingSettings(epochs=1, batch_size=4, learning_rate=1e-3, max_length=32)
+    with pytest.raises(StudyError, match="is of type 'roberta'; it handles bert"):
+        load_masked_lm(str(tmp_path), 0, settings)
+
+
+def test_upstream_pruning_and_sparse_transfer_keep_the_same_zeros(study):
+    """The language model is pruned, and the task's model has exactly its zeros and the task's own head."""
+    spec = transfer(study, "world_sentiment", 0, 0.8)
+    records = ensure([language_model(study), spec.start, spec], study)
+    assert [round(record["compression"].get("sparsity", 0), 3) for record in records] == [0, 0.8, 0.8]
+    assert records[1]["compression"]["per_layer"] == records[2]["compression"]["per_layer"]
+    assert records[0]["loss"] > 0 and records[1]["train_examples"] > 0
+    frame = analysis_obert.upstream_frame(records)
+    assert frame["sparsity"].round(1).tolist() == [0, 80]
+    assert obert_frame(records)["kind"].tolist() == ["transfer"]
+    again = experiments.run_upstream(spec.start, study)  # the same spec gives the same model
+    assert again["loss"] == records[1]["loss"] and again["compression"] == records[1]["compression"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Records of the small profile's whole plan, computed once."""
+    results = tmp_path_factory.mktemp("obert") / "results"
+    path = results.parent / "tiny.yaml"
+    path.write_text(yaml.safe_dump(small_profile(results)), encoding="utf-8")
+    study = load_profile(path)
+    return study, ensure(plans.make_plan("obert", study, None), study), ensure(sparse_speed(study), study)
+
+
+def test_frames_say_what_every_run_is(finished):
+    _, records, timed = finished
+    frame = obert_frame(records)
+    assert set(frame["kind"]) == {"dense", "gradual", "control", "int8", "one-shot", "transfer", "dense transfer"}
+    np.testing.assert_allclose(frame[frame["target"] > 0]["sparsity"], 80, atol=0.3)
+    assert (frame[frame["kind"] == "int8"]["smaller"] > 3).all()  # embeddings are most of this model
+    assert frame[frame["kind"] == "dense"]["retained"].tolist() == [100.0]
+    assert set(frame[frame["kind"] == "gradual"]["budget"]) == {"long", "short"}
+    assert set(frame["encoding"]) >= {"bitmask"}
+    layers = analysis_obert.layer_frame(records)
+    means = layers[layers["layers"] == 4].groupby(["method", "budget"])["sparsity"].count()
+    assert (means == 24).all()
+    speed = speed_frame(timed)
+    assert set(speed["engine"]) == {"pytorch-fp32", "pytorch-csr-fp32"} and speed["over fp32"].notna().all()
+    whole = speed[(speed["engine"] == "pytorch-fp32") & (speed["layers"] == 4)].iloc[0]
+    best = speed[(speed["layers"] == 4) & (speed["sparsity"] == 0)]["ms"].min()
+    assert whole["over best dense"] == pytest.approx(best / whole["ms"])
+
+
+def test_verdicts_are_complete_with_and_without_records(finished):
+    _, records, timed = finished
+    full = claims_obert.verdicts(obert_frame(records), speed_frame(timed))
+    empty = claims_obert.verdicts(pd.DataFrame(), pd.DataFrame())
+    assert full["claim"].tolist() == empty["claim"].tolist() and full["claim"].is_unique
+    assert set(empty[empty["check"] != "size"]["ours"]) == {claims_obert.NOT_RUN}
+    assert "too few seeds" in full[full["claim"] == "What oBERT keeps at 80 % sparsity"]["verdict"].item()
+
+
+def test_size_claim_is_exact_arithmetic():
+    """BERT-base under a QA head instead of its pooler, all in fp32; then 80 % of 85 M weights gone for a bit each."""
+    dense = claims_obert.compound_bytes()
+    assert dense == 4 * (published_parameters("bert-base-uncased") - (768 * 768 + 768) + 2 * 768 + 2)
+    mask = 84_934_656 / 8
+    assert claims_obert.compound_bytes(12, 0.8) == pytest.approx(dense - 4 * 0.8 * 84_934_656 + mask)
+    assert 9 < dense / claims_obert.compound_bytes(12, 0.8, 4, int8=True) < 11
+
+
+def test_published_claims_are_the_abstracts():
+    printed = {name: compound.printed() for name, compound in claims_obert.COMPOUNDS.items()}
+    assert printed == {"size": 10.18, "speed": 10.07, "both": 28.75}
+    lost = {name: 100 - compound.printed("retained") for name, compound in claims_obert.COMPOUNDS.items()}
+    assert lost["size"] < 1 and lost["speed"] < 2 and lost["both"] < 7.5
+    assert published_frame().query("kind == 'dense' and place == 'Table 1'")["retained"].tolist() == [100.0]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "ms", "level", "where"),
+    [
+        ([0, 80, 90], [100, 50, 30], 40, 85.0),
+        ([90, 0, 80], [30, 100, 50], 50, 80.0),
+        ([0, 90], [100, 60], 50, np.nan),
+        ([0, 90], [40, 20], 50, 0.0),
+        ([], [], 50, np.nan),
+    ],
+)
+def test_crossover_is_where_a_curve_falls_below_the_level(sparsity, ms, level, where):
+    assert crossover(sparsity, ms, level) == pytest.approx(where, nan_ok=True)
+
+
+def test_loop_over_blocks_is_the_same_recursion():
+    ours = BlockFisher(60, 6, 4, 1e-2, torch.float64)
+    loop = ours.inverse.clone()
+    for seed in range(4):
+        gradient = torch.randn(60, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        ours.add(gradient)
+        fisher_speed.add_in_a_loop(loop, gradient, 4)
+    torch.testing.assert_close(ours.inverse, loop, rtol=1e-12, atol=0)
+
+
+def test_fisher_cost_projects_to_bert_base():
+    found = fisher_speed.fisher_cost(700, 50, 1024, 1, 2, full="tiny")
+    assert found["base_weights"] == 84_934_656 and found["slice"] == 700
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["loop over blocks", "batched", "batched, tiny"] and rows["batched, tiny"]["weights"] == 32_768
+    projected = rows["batched"]["per_gradient_s"] / 700 * 84_934_656 * 1024
+    assert found["base_projected_s"] == pytest.approx(projected) and found["floor_bytes"] == 4 * 700 * 51
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--weights", "0"], "weights: found 0, expected 1 or more"),
+        (["--width", "90", "--weights", "50"], "width 90 is above the 50 weights"),
+        (["--full", "gpt"], "--full: 'gpt' is no architecture"),
+    ],
+)
+def test_bad_options_of_the_benchmark_are_one_line(arguments, said, capsys):
+    assert benchmark.main(["fisher", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix" or not shutil.which("bash"), reason="needs bash")
+def test_run_all_goes_on_where_deepsparse_cannot_be_installed(tmp_path):
+    """A PATH whose only Python is too new for it: one line says so, and the notebooks run."""
+    root, tools = tmp_path / "study", tmp_path / "bin"
+    (root / "lib").mkdir(parents=True)
+    tools.mkdir()
+    shutil.copy(ROOT / "run_all.sh", root / "run_all.sh")
+    script = (ROOT / "run_all.sh").read_text(encoding="utf-8")
+    start, end = script.index("install_deepsparse() {"), script.index("# Settings that a kernel")
+    text = f"root={root}\n{script[start:end]}\ninstall_deepsparse\necho went on\n"
+    (root / "part.sh").write_text(text, encoding="utf-8")
+    for name in ("python3.11", "python3.10", "python3.9", "python3.8", "python3"):
+        (tools / name).write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+        (tools / name).chmod(0o755)
+    environment = {"PATH": os.pathsep.join([str(tools), "/usr/bin", "/bin"])}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", str(root / "part.sh")], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "went on", done.stderr
+    assert "DeepSparse: not installed" in done.stdout

@@ -1,0 +1,161 @@
+"""A user's own files as tasks: named in place of a task, or described in a profile; what is wrong is one line."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from lib import data, execute, runs
+from lib.config import StudyError, load_profile
+from lib.data import data_digest, load_task
+from lib.specs import data_source, dense_spec
+
+TOPICS = ("sport", "politics", "weather")
+
+
+@pytest.fixture(autouse=True)
+def _forget_own_tasks(monkeypatch):
+    """Tasks that a test registers are gone after it, with what was read of them."""
+    from lib import experiments
+
+    monkeypatch.setattr(data, "TASKS", known := dict(data.TASKS))
+    for module in (experiments,):
+        module._load.cache_clear()
+        module._encoded.cache_clear()
+    yield known
+
+
+def squad(path: Path, contexts: int = 20, unanswerable: bool = False) -> Path:
+    """One question for each context; every fifth one without an answer where that is asked for."""
+    paragraphs = []
+    for number in range(contexts):
+        context = f"The mill of village {number} burnt down in {1800 + number}."
+        answer = {"text": str(1800 + number), "answer_start": context.index(str(1800 + number))}
+        answers = [] if unanswerable and number % 5 == 0 else [answer]
+        question = {"id": f"q{number}", "question": "When did it burn?", "answers": answers}
+        paragraphs.append({"context": context, "qas": [question]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"data": [{"title": "mills", "paragraphs": paragraphs}]}), encoding="utf-8")
+    return path
+
+
+def topics(path: Path, rows: int = 30, header: str = "text\tlabel", value: str = "") -> Path:
+    lines = [header] + [f"Report number {n} is long.\t{value or TOPICS[n % 3]}" for n in range(rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_squad_file_takes_the_place_of_the_profiles_first_task_of_its_kind(tmp_path):
+    profile = load_profile("smoke", tasks=[str(squad(tmp_path / "Mills 1.json")), "world_pair"])
+    assert list(profile.tasks) == ["mills_1", "world_pair"]
+    assert profile.tasks["mills_1"] == load_profile("smoke").tasks["world_qa"]
+    assert profile.structured_pruning.tasks == ("mills_1", "world_qa2")
+    assert profile.layer_dropping.half_tasks == ("mills_1",)
+    assert data_source(profile, "mills_1") == "local" and data_source(profile, "world_pair") == "embedded"
+    splits = load_task("mills_1", "local")
+    assert (len(splits["train"]), len(splits["validation"])) == (18, 2)
+    assert not set(splits["train"]["context"]) & set(splits["validation"]["context"])
+    task = data.get_task("mills_1")
+    assert (task.kind, task.unanswerable) == ("qa", False)
+
+
+def test_a_folder_has_its_own_validation_file_and_squad_2_is_recognised(tmp_path):
+    squad(tmp_path / "mills" / "train.json", unanswerable=True)
+    squad(tmp_path / "mills" / "validation.json", contexts=3)
+    load_profile("smoke", tasks=[str(tmp_path / "mills")])
+    assert data.get_task("mills").unanswerable
+    assert len(load_task("mills", "local")["validation"]) == 3
+
+
+def test_a_tsv_file_has_the_labels_that_occur(tmp_path):
+    profile = load_profile("smoke", tasks=[str(topics(tmp_path / "topics.tsv"))])
+    task = data.get_task("topics")
+    assert (task.kind, task.num_labels, task.columns) == ("classification", 3, ("sentence1",))
+    assert profile.layer_dropping.grid_tasks == ("topics", "world_pair")
+    train = load_task("topics", "local")["train"]
+    names = [sorted(TOPICS)[label] for label in train["label"]]
+    assert [name in TOPICS for name in names] == [True] * 27 and names[:3] == list(TOPICS)
+
+
+def test_pairs_with_a_score_are_a_regression(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    rows = [f"{n}\tA is {n}.\tB is {n}.\t{n % 6}" for n in range(20)]
+    path.write_text("\n".join(["id\tone\tother\tscore", *rows]) + "\n", encoding="utf-8")
+    load_profile("smoke", tasks=[str(path)])
+    task = data.get_task("pairs")
+    assert (task.kind, task.num_labels, task.columns, task.metric) == (
+        "regression", 1, ("sentence1", "sentence2"), "pearson_spearman",
+    )  # fmt: skip
+    assert load_task("pairs", "local")["train"]["label"][:3] == [0.0, 1.0, 2.0]
+
+
+def test_a_profile_describes_columns_and_files_relative_to_itself(tmp_path, profile_file):
+    rows = [f"{n}\tReport {n}.\tnobody\t{TOPICS[n % 3]}" for n in range(12)]
+    (tmp_path / "reports.tsv").write_text("\n".join(["nr\tbody\tauthor\ttopic", *rows]) + "\n", encoding="utf-8")
+    path = profile_file()
+    values = yaml.safe_load(path.read_text())
+    values["own_tasks"] = {"reports": {"train": "reports.tsv", "columns": ["body"], "label": "topic"}}
+    values["tasks"]["reports"] = values["tasks"]["world_sentiment"]
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    profile = load_profile(path)
+    assert data.get_task("reports").num_labels == 3
+    assert load_task("reports", "local")["train"][0]["sentence1"] == "Report 0."
+    assert dense_spec(profile, "reports", 0).data == "local"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: folder / "absent.json", "file {folder}/absent.json does not exist"),
+        (lambda folder: squad(folder / "few.json", 5), "few.json: fewer than 10 contexts; give a validation file"),
+        (lambda folder: squad(folder / "rte.json"), "'rte' is a task of the study; choose another name"),
+        (lambda folder: topics(folder / "a.tsv", header="text\tclass"), "a.tsv line 1: found columns text, class"),
+        (lambda folder: topics(folder / "b.tsv", value="same"), "found 1 labels in column 'label', expected 2 to 100"),
+        (lambda folder: topics(folder / "c.tsv", header="text\tscore"), "line 2: found score 'sport', expected a"),
+        (lambda folder: (folder / "d").mkdir() or folder / "d", "folder {folder}/d has no train.json or train.tsv"),
+        (lambda folder: folder / "e" / "f.csv", "f.csv is neither .json (SQuAD format) nor .tsv"),
+    ],
+)
+def test_bad_files_are_one_line(make, said, tmp_path):
+    item = str(make(tmp_path))
+    with pytest.raises(StudyError) as caught:
+        profile = load_profile("smoke", tasks=[item])
+        load_task(next(iter(profile.tasks)), "local")
+    assert said.format(folder=tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_command_line_makes_paths_absolute_and_keeps_them_out_of_executed_notebooks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    declared = {"inferred_type_name": "list", "help": ""}
+    assert execute.parse("tasks", '["mine.json", rte]', declared) == [str(tmp_path / "mine.json"), "rte"]
+    cell = nbformat.v4.new_code_cell(f"tasks = ['{tmp_path}/mine.json']")
+    made = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}})
+    parameters = {"tasks": [str(tmp_path / "mine.json"), "rte"]}
+    execute.clean(made, Path("00_x.ipynb"), tmp_path / "out" / "00_x.ipynb", parameters)
+    assert made.cells[0].source == "tasks = ['<tasks>']"
+
+
+def test_other_files_under_the_same_name_are_refused_in_one_process(tmp_path):
+    load_profile("smoke", tasks=[str(squad(tmp_path / "mine.json"))])
+    load_profile("smoke", tasks=[str(tmp_path / "mine.json")])
+    with pytest.raises(StudyError, match="was read from other files in this process"):
+        load_profile("smoke", tasks=[str(squad(tmp_path / "other" / "mine.json", contexts=30))])
+
+
+def test_a_run_on_an_own_file_ends_in_a_record_that_other_contents_do_not_reuse(tmp_path, profile_file, monkeypatch):
+    monkeypatch.setenv("STUDY_PROGRESS", str(tmp_path / "progress"))
+    path = topics(tmp_path / "topics.tsv")
+    command = ["dense", "--profile", str(profile_file(seeds=[0])), "--tasks", str(path)]
+    assert runs.main(command) == 0
+    (record,) = [json.loads(file.read_text()) for file in (tmp_path / "results" / "runs").iterdir()]
+    assert record["spec"]["task"] == "topics" and record["spec"]["data"] == "local"
+    assert record["result"]["train_examples"] == 27 and record["data"] == data_digest("topics", "local")
+    assert str(tmp_path) not in json.dumps(record["spec"])
+    del data.TASKS["topics"]
+    topics(path, rows=40)
+    profile = load_profile(command[2], tasks=[str(path)])
+    with pytest.raises(StudyError, match="was made with other data"):
+        runs.cached(profile, dense_spec(profile, "topics", 0))
