@@ -44,15 +44,16 @@ def quantized_frame(records: Iterable[Record]) -> pd.DataFrame:
 
     ``retained`` compares with the dense model of the same task and seed, ``controlled`` with that model trained on for
     as long as the quantised one was; NaN without it. ``smaller`` is dense bytes / bytes. ``part`` names what alone was
-    quantised, "" is everything. A diverged run scores 0 and has its place in ``diverged``.
+    quantised, "" is everything. ``guards`` says what was taken away. ``spread`` is the largest over the smallest
+    LayerNorm denominator. A diverged run scores 0 and has its place in ``diverged``.
     """
     rows = [_row(record) for record in records if isinstance(record.spec, TranslationSpec | TrainSpec)]
     columns = ["hash", "task", "title", "seed", "procedure", "bits", "bucketing", "part", "delay", "guards", "score",
-               "greedy", "size_bytes", "train_s", "diverged", "diverged_progress"]  # fmt: skip
+               "greedy", "size_bytes", "train_s", "spread", "diverged", "diverged_progress"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
     keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
     for name, kind in (("retained", "dense"), ("controlled", "control")):
-        base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"]
+        base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"].replace(0.0, np.nan)
         frame[name] = 100 * frame["score"].to_numpy() / base.reindex(keys).to_numpy()
     dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["size_bytes"]
     frame["smaller"] = dense.reindex(keys).to_numpy() / frame["size_bytes"].to_numpy()
@@ -72,19 +73,21 @@ def _row(record: Record) -> dict[str, Any]:
         "greedy": record.result.get("greedy", np.nan),
         "size_bytes": record.result.get("model", {}).get("size_bytes", np.nan),
         "train_s": record.result.get("training", {}).get("seconds", 0.0),
+        "spread": record.result.get("compression", {}).get("denominator_spread"),
         "diverged": diverged.get("place", ""), "diverged_progress": diverged.get("progress", np.nan),
     }  # fmt: skip
 
 
-def everything(frame: pd.DataFrame, procedures: Iterable[str] = tuple(STYLES)) -> pd.DataFrame:
-    """Rows of the paper's own setting: all parts, bucketed, guarded, not a delay's ablation, none diverged."""
-    whole = frame[frame["procedure"].isin(list(procedures)) & (frame["part"] == "") & frame["bucketing"]]
-    return whole[whole["diverged"] == ""]
+def everything(frame: pd.DataFrame, scratch_delay: float, procedures: Iterable[str] = tuple(STYLES)) -> pd.DataFrame:
+    """Rows of the paper's own setting: all parts, bucketed, guarded, trained from scratch after just this delay."""
+    whole = frame[frame["procedure"].isin(list(procedures)) & (frame["part"] == "") & frame["bucketing"].astype(bool)]
+    other = (whole["procedure"] == "scratch") & (whole["delay"] != scratch_delay)
+    return whole[(whole["guards"] == "") & ~other]
 
 
 def part_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """Post-training runs that quantise one part alone, with the run that quantises all of them; ordered as ``PARTS``."""
-    rows = frame[(frame["procedure"] == "post") & frame["bucketing"]].copy()
+    """Post-training runs that quantise one part alone, with the run that quantises all; ordered as ``PARTS``."""
+    rows = frame[(frame["procedure"] == "post") & frame["bucketing"].astype(bool) & (frame["guards"] == "")].copy()
     rows = rows[rows["bits"].isin(rows.loc[rows["part"] != "", "bits"])]
     rows["part"] = rows["part"].replace("", "everything").str.replace("_", " ")
     order = [*(part.replace("_", " ") for part in PARTS), "everything"]
@@ -94,10 +97,27 @@ def part_frame(frame: pd.DataFrame) -> pd.DataFrame:
 
 def bucketing_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """Retained share with and without bucketing, one row per task, procedure, bits and seed that has both."""
-    rows = frame[frame["procedure"].isin(["post", "aware"]) & (frame["part"] == "")]
+    rows = frame[frame["procedure"].isin(["post", "aware"]) & (frame["part"] == "") & (frame["guards"] == "")]
     keys = ["task", "title", "procedure", "bits", "seed"]
     pairs = rows.pivot_table(index=keys, columns="bucketing", values="retained").reindex(columns=[True, False]).dropna()
     return pairs.rename(columns={True: "bucketed", False: "whole"}).reset_index().rename_axis(columns=None)
+
+
+def guard_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """LayerNorm's guard after training: retained share over its own range and from zero, per task and bits.
+
+    ``spread`` is the measured ratio of the largest to the smallest denominator, ``vanishes`` the ratio from which the
+    smallest variance is less than half a step, and so rounds to 0: sqrt(2 (2^bits - 1)).
+    """
+    rows = frame[(frame["procedure"] == "post") & (frame["part"] == "") & frame["bucketing"].astype(bool)]
+    rows = rows.assign(guards=rows["guards"].replace("", "guarded"))
+    keys = ["title", "bits"]
+    shares = rows.pivot_table(index=keys, columns="guards", values="retained")
+    shares = shares.reindex(columns=["guarded", "denominator from zero"])
+    spread = rows[rows["guards"] == "guarded"].groupby(keys)["spread"].max()
+    table = shares.join(spread.astype(float)).reset_index().sort_values(["title", "bits"], ascending=[True, False])
+    table["vanishes"] = np.sqrt(2.0 * (2.0 ** table["bits"] - 1))
+    return table
 
 
 def published_retained() -> pd.DataFrame:

@@ -138,9 +138,9 @@ def upstream_frame(records: Iterable[Record]) -> pd.DataFrame:
 def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per timed model and engine: layers, sparsity (percent), group, milliseconds and three ratios.
 
-    ``on engine`` is the dense full model's time on the same engine over this one's; ``over fp32`` that of the same
-    engine family in fp32, in the same run where both are there; ``over best dense`` the fastest dense full model's of
-    any engine under the same conditions, which is what a sparse model has to beat.
+    ``on engine`` is the dense full model's time on the same engine over this one's; ``over fp32`` that of the
+    plain fp32 engine of the same family, in the same run where both are there; ``over best dense`` the fastest dense
+    full model's of any engine under the same conditions, which is what a sparse model has to beat.
     """
     rows = []
     for record in records:
@@ -162,7 +162,8 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     if frame.empty:
         return frame
     whole = frame[(frame["layers"] == frame["total"]) & (frame["sparsity"] == 0)]
-    frame["over fp32"] = _over(frame, whole[whole["precision"] == "fp32"], ["family", "batch", "length"], "first")
+    plain = whole[whole["engine"] == whole["family"] + "-fp32"]
+    frame["over fp32"] = _over(frame, plain, ["family", "batch", "length"], "first")
     frame["over best dense"] = _over(frame, whole, ["batch", "length"], "min")
     return frame
 

@@ -56,8 +56,8 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per training run of notebook 04, generation included.
 
     ``density`` and ``stored`` are percent of the dense model's linear weights: non-zero, and left after removal.
-    ``retained`` is the score as a share (percent) of the dense score of the same task and seed, NaN without one. Empty
-    when no run is finished.
+    ``retained`` is the score as a share (percent) of the dense score of the same task and seed, NaN without one or
+    where it is 0. Empty when no run is finished.
     """
     rows = []
     for record in records:
@@ -77,13 +77,13 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=COLUMNS)
     dense = frame[frame["method"] == "dense"].set_index(["task", "seed"])["score"]
     keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
-    frame["retained"] = 100 * frame["score"].to_numpy() / dense.reindex(keys).to_numpy()
+    frame["retained"] = 100 * frame["score"].to_numpy() / dense.where(dense > 0).reindex(keys).to_numpy()
     return frame
 
 
 def published_curves() -> pd.DataFrame:
     """SQuAD 1.1 on BERT-base as printed (Table 2): method, teacher, density in percent, speed-up, F1, retained."""
-    rows = published("lagunas2021", place="Table 2", model="BERT-base", task="squad_v1")
+    rows = published("lagunas2021", place="v1 Table 2", model="BERT-base", task="squad_v1")
     frame = rows.pivot_table(index=["method", "teacher", "weights"], columns="metric", values="value").reset_index()
     dense = frame[frame["method"] == "dense"].iloc[0]
     frame["density"] = 100 / frame["compression"]
@@ -92,12 +92,13 @@ def published_curves() -> pd.DataFrame:
 
 
 def find(records: Iterable[Record], **wanted: Any) -> list[Record]:
-    """Training records whose method, task, seed or strength equal ``wanted``, in order."""
+    """Training records whose method, task, seed, strength or block equal ``wanted``, in order."""
     found = []
     for record in records:
         if isinstance(record.spec, TrainSpec | TranslationSpec):
+            strength, block = strength_of(record.spec)
             about = {"method": method_of(record.spec), "task": record.spec.task, "seed": record.spec.seed,
-                     "strength": strength_of(record.spec)[0]}  # fmt: skip
+                     "strength": strength, "block": block}  # fmt: skip
             if all(about[key] == value for key, value in wanted.items()):
                 found.append(record)
     return found

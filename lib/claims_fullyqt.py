@@ -14,13 +14,14 @@ COLLAPSED = 90.0  # percent retained; below this a translation model is of littl
 SECOND_HAND = "published: second-hand"
 
 
-def verdicts(frame: pd.DataFrame) -> pd.DataFrame:
+def verdicts(frame: pd.DataFrame, scratch_delay: float) -> pd.DataFrame:
     """One row per claim.
 
     Args:
         frame: ``analysis_fullyqt.quantized_frame``, the translation tasks' rows; may be empty.
+        scratch_delay: the delay that training with rounding from the start is judged by.
     """
-    whole = everything(frame)
+    whole = everything(frame, scratch_delay)
     rows = [
         _size(8),
         _lossless("8 bits, trained quantised, are at or above full precision", whole, 8, "scratch"),
@@ -69,7 +70,8 @@ def _lossless(claim: str, whole: pd.DataFrame, bits: int, kind: str) -> dict[str
         return verdict(claim, "quality", _printed(bits, kind), NOT_RUN, None, "")
     share = bootstrap_interval(rows["retained"])
     control = rows["controlled"].mean()
-    beside = f"; {control:.1f} % of the dense model trained on as long" if kind == "aware" and control == control else ""
+    controlled = kind == "aware" and control == control
+    beside = f"; {control:.1f} % of the dense model trained on as long" if controlled else ""
     evidence = f"retained BLEU, {_where(rows)}{beside}; {SECOND_HAND}"
     ours = f"{share.mean:.1f} %" + (f" ({share.low:.1f}–{share.high:.1f})" if share.n > 1 else "")
     return verdict(claim, "quality", _printed(bits, kind), ours, bool(share.mean >= 100 - LOSSLESS), evidence,
@@ -78,8 +80,8 @@ def _lossless(claim: str, whole: pd.DataFrame, bits: int, kind: str) -> dict[str
 
 def _gains_from_training(whole: pd.DataFrame, bits: int) -> dict[str, str]:
     claim = f"{bits} bits want training with rounding: rounding afterwards loses more"
-    printed = published_retained()
-    printed = printed[(printed["task"] == "wmt14") & (printed["bits"] == bits)].set_index("procedure")["retained"]
+    table = published_retained()
+    printed = table[(table["task"] == "wmt14") & (table["bits"] == bits)].set_index("procedure")["retained"]
     theirs = f"{printed['aware'] - printed['post']:+.1f} points"
     rows = whole[whole["bits"] == bits]
     pairs = rows.pivot_table(index=["task", "seed"], columns="procedure", values="retained")
@@ -97,11 +99,11 @@ def _collapses(whole: pd.DataFrame, bits: int) -> dict[str, str]:
     rows = whole[whole["bits"] == bits].dropna(subset=["retained"])
     if rows.empty:
         return verdict(claim, "quality", _printed(bits, "aware"), NOT_RUN, None, "")
-    means = rows.groupby("procedure")["retained"].mean()
-    best = means.idxmax()
-    ours = f"{means[best]:.1f} % ({best}, the best of {len(means)})"
+    means = rows.groupby("procedure")["retained"].mean().sort_values()
+    best = float(means.iloc[-1])
+    ours = f"{best:.1f} % ({means.index[-1]}, the best of {len(means)})"
     evidence = f"retained BLEU; collapse: under {COLLAPSED:.0f} %; {_where(rows)}; {SECOND_HAND}"
-    return verdict(claim, "quality", _printed(bits, "aware"), ours, bool(means[best] < COLLAPSED), evidence,
+    return verdict(claim, "quality", _printed(bits, "aware"), ours, bool(best < COLLAPSED), evidence,
                    seeds_of(rows))  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def _diverges(frame: pd.DataFrame, guards: str) -> dict[str, str]:
     if rows.empty:
         return verdict(claim, "quality", "nan", NOT_RUN, None, "")
     bad = rows[rows["diverged"] != ""]
-    places = bad["diverged"].str.rpartition(", ")[2].unique()
+    places = {place.rpartition(", ")[2] for place in bad["diverged"]}
     ours = f"{len(bad)} of {len(rows)} runs"
     evidence = f"first not finite: {', '.join(sorted(places))}" if len(bad) else "all values stayed finite"
     bits = ", ".join(str(width) for width in sorted(rows["bits"].unique(), reverse=True))

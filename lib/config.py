@@ -204,10 +204,10 @@ class FullyQuantizedSettings(Strict):
     Every task of ``tasks`` (of ``translation``) is quantised after training and trained on quantised, for ``epochs`` as
     a share of its dense training and with that share of its learning rate, rounding from ``aware_delay`` on.
     ``scratch`` trains quantised from the start, as the paper does, rounding from ``scratch_delay`` on: task -> bits.
-    ``ablation_task`` gets the delays, the guards taken away at ``naive_bits``, bucketing and the parts one by one at
-    ``part_bits``. ``qa_task`` (of ``tasks`` above) is quantised after training, and trained on quantised for
-    ``qa_epochs`` where ``qa_aware_bits`` lists any; ``qa_engines`` run it in their own precision. Calibration is
-    (batches, examples in each). Speed of the translation model is measured at pairs of (batch, tokens).
+    ``ablation_task`` gets the delays; training without a guard at ``naive_bits`` for ``naive_epochs``, a share; no
+    bucketing; and the parts one by one at ``part_bits``. ``qa_task`` (of the profile's ``tasks``) is quantised after
+    ``qa_engines`` run it in their own precision. Calibration is (batches, examples in each). Speed of the translation
+    model is measured at pairs of (batch, tokens).
     """
 
     bits: tuple[Bits, ...] = Field(min_length=1)
@@ -221,6 +221,7 @@ class FullyQuantizedSettings(Strict):
     delays: tuple[Share, ...]
     delay_bits: tuple[Bits, ...]
     naive_bits: tuple[Bits, ...]
+    naive_epochs: Share
     part_bits: tuple[Bits, ...]
     calibration: tuple[PositiveInt, PositiveInt]
     qa_task: str
@@ -336,10 +337,11 @@ BlockSize = tuple[PositiveInt, PositiveInt]
 class BlockMovementSettings(Strict):
     """The runs of notebook 04.
 
-    ``tasks`` get hybrid pruning, the first at all ``strengths``, the others at the first one; ``variant_task`` the other
-    ways to prune, at the first ``variant_strengths``; ``ablation_tasks`` no teacher and other block sizes. A strength is
-    lambda and the density of each kind that stays, however strong lambda is. ``block`` is (rows, columns). Epochs are
-    multiples of the task's own. ``score_learning_rates`` names tasks that do not take the paper's 0.01.
+    ``tasks`` get hybrid pruning, the first at all ``strengths``, the others at the first one; ``variant_task`` the
+    other ways to prune, at the first ``variant_strengths``; ``ablation_tasks`` no teacher and other block sizes. A
+    strength is lambda and the density of each kind that stays, however strong lambda is. ``block`` is (rows, columns).
+    Epochs are multiples of the task's own. ``score_learning_rates`` names tasks that do not take the paper's 0.01,
+    ``lambda_factors`` tasks whose loss is so small that lambda has to be.
     ``struct_attention_lambda`` replaces attention's share of lambda (1) for whole heads. ``shapes`` is how many of the
     published shapes are timed, null all.
     """
@@ -354,6 +356,7 @@ class BlockMovementSettings(Strict):
     strengths: tuple[tuple[PositiveFloat, Annotated[float, Field(ge=0, lt=1)]], ...] = Field(min_length=1)
     ffn_lambda: PositiveFloat
     struct_attention_lambda: PositiveFloat
+    lambda_factors: dict[str, PositiveFloat]
     variant_strengths: int = Field(ge=0)
     densities: tuple[Density, ...]
     block_sizes: tuple[BlockSize, ...]

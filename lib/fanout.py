@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
@@ -36,8 +36,8 @@ from lib.progress import say
 from lib.runs import record_path
 from lib.specs import Spec
 
-# Kinds of runs that another run beside them would disturb.
-MEASURING = ("latency", "training_speed", "stock_comparison", "fisher_cost")
+# Kinds of runs that measure time, in rounds, and that another run beside them would disturb.
+MEASURING = tuple(kind.model_fields["kind"].default for kind in get_args(Spec) if "rounds" in kind.model_fields)
 FIRST_PRIORITY = 1_000_000  # of a plan's first job; the next has one less, so that both plannings order alike
 PROFILE_PARAMETERS = ("tasks", "seeds", "encoder", "data", "data_dir", "results")  # what may replace the profile's
 INSTALL = "pip install 'snakemake>=9', or leave --jobs out and the notebooks compute the runs one after another"

@@ -39,7 +39,7 @@ class SparseLinear(nn.Module):
     def __init__(self, linear: nn.Linear, layout: str) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        if layout == "tiles" and (weight.shape[0] % TILE or weight.shape[1] % TILE):
+        if layout == "tiles" and not _divides(weight, TILE):
             raise StudyError(f"BSR: tiles of {TILE}×{TILE} do not divide a matrix of {tuple(weight.shape)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # both layouts are marked as beta
@@ -50,7 +50,8 @@ class SparseLinear(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """``states`` (…, in_features) -> (…, out_features)."""
         # weight first: with the states first, torch's sparse product fails in inference mode
-        output = (self.weight @ states.reshape(-1, states.shape[-1]).T).T
+        rows = states.flatten(0, -2)
+        output = (self.weight @ rows.T).T if rows.shape[1] else rows.new_zeros(len(rows), self.out_features)
         if self.bias is not None:
             output = output + self.bias
         return output.reshape(*states.shape[:-1], self.out_features)
@@ -62,10 +63,19 @@ class SparseLinear(nn.Module):
         return sum(part.nbytes for part in parts) + (0 if self.bias is None else self.bias.nbytes)
 
 
+def _divides(weight: Tensor, side: int) -> bool:
+    return weight.shape[0] % side == 0 and weight.shape[1] % side == 0
+
+
 def make_sparse(model: nn.Module, layout: str) -> int:
-    """Put ``SparseLinear`` in the place of every encoder linear map, in place; returns the model's bytes."""
+    """Put ``SparseLinear`` in the place of the encoder's linear maps, in place; returns the model's bytes.
+
+    What cannot be stored so stays dense: a map without any weight, and one that tiles do not divide.
+    """
+    side = TILE if layout == "tiles" else 1
     for layer in layers(model):
-        wanted = {id(linear) for linear in vars(layer_parts(layer)).values()}
+        linears: list[nn.Linear] = list(vars(layer_parts(layer)).values())
+        wanted = {id(linear) for linear in linears if linear.weight.numel() and _divides(linear.weight, side)}
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if id(child) in wanted:

@@ -99,23 +99,22 @@ def finished_translation(profile: Profile, spec: TranslationSpec) -> tuple[Trans
 
 def evaluate_translation(spec: TranslationSpec, model: TranslationModel, tokenizer: PreTrainedTokenizerFast,
                          data: DatasetDict) -> dict[str, Any]:  # fmt: skip
-    """BLEU in percent on the test split by beam search (``score``) and greedily, and greedily on validation.
+    """BLEU in percent on the test split by beam search (``score``) and greedily.
 
     Of invented tasks, whose sentences belong to nobody, the first translations are kept.
     """
 
-    def searched(split: str, beams: int) -> list[str]:
-        title = f"{label(spec)}, translating {split} ({'greedy' if beams == 1 else f'{beams} beams'})"
-        source = data[split]["source"]
+    def searched(beams: int) -> list[str]:
+        title = f"{label(spec)}, translating ({'greedy' if beams == 1 else f'{beams} beams'})"
+        source = data["test"]["source"]
         return translate(model, tokenizer, source, beams, spec.training.max_length, spec.length_penalty, title)
 
-    def bleu(found: list[str], split: str) -> float:
-        return metrics.score(spec.task, found, data[split]["target"])["bleu"]
+    def bleu(found: list[str]) -> float:
+        return metrics.score(spec.task, found, data["test"]["target"])["bleu"]
 
-    best = searched("test", spec.beams)
+    best = searched(spec.beams)
     result = {
-        "score": bleu(best, "test"), "greedy": bleu(searched("test", 1), "test"),
-        "validation_greedy": bleu(searched("validation", 1), "validation"), "signature": metrics.signature(),
+        "score": bleu(best), "greedy": bleu(searched(1)), "signature": metrics.signature(),
     }  # fmt: skip
     if get_task(spec.task).embedded:
         rows = data["test"].select(range(min(EXAMPLES, len(best))))

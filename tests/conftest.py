@@ -163,7 +163,8 @@ def small_profile(results: Path) -> dict[str, Any]:
         "block_movement": {
             "tasks": ["world_sentiment"], "variant_task": "world_sentiment", "ablation_tasks": [], "block": [4, 4],
             "epoch_factor": 1, "refill_epoch_factor": 1, "score_learning_rates": {"world_sentiment": 1.0},
-            "strengths": [[0.01, 0.1]], "ffn_lambda": 1, "struct_attention_lambda": 0.1, "variant_strengths": 0,
+            "strengths": [[0.01, 0.1]], "lambda_factors": {}, "ffn_lambda": 1, "struct_attention_lambda": 0.1,
+            "variant_strengths": 0,
             "densities": [], "block_sizes": [], "large_teacher": None, "translation_tasks": [],
             "translation_densities": [0.5], "translation_epoch_factor": 1, "translation_block": [4, 4], "shapes": 1,
             "shape_engines": ["pytorch-fp32"], "shape_batches": [1], "shape_length": 16, "block_sparse_densities": [],
@@ -172,7 +173,8 @@ def small_profile(results: Path) -> dict[str, Any]:
         "fully_quantized": {
             "bits": [8], "tasks": ["world_translation"], "epochs": 1.0, "learning_rate": 0.5, "aware_delay": 0.1,
             "scratch": {"world_translation": [8]}, "scratch_delay": 0.25, "ablation_task": "world_translation",
-            "delays": [0.0], "delay_bits": [8], "naive_bits": [8], "part_bits": [4], "calibration": [2, 4],
+            "delays": [0.0], "delay_bits": [8], "naive_bits": [8], "naive_epochs": 1.0,
+            "part_bits": [4], "calibration": [2, 4],
             "qa_task": "world_qa", "qa_bits": [8], "qa_aware_bits": [], "qa_epochs": 1, "qa_learning_rate": 5e-4,
             "qa_engines": [], "speed_task": "world_translation", "speed_conditions": [[1, 16]],
         },

@@ -134,8 +134,8 @@ def test_the_command_line_makes_paths_absolute_and_keeps_them_out_of_executed_no
     cell = nbformat.v4.new_code_cell(f"tasks = ['{tmp_path}/mine.json']")
     made = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}})
     parameters = {"tasks": [str(tmp_path / "mine.json"), "rte"]}
-    execute.clean(made, Path("00_x.ipynb"), tmp_path / "out" / "00_x.ipynb", parameters)
-    assert made.cells[0].source == "tasks = ['<tasks>']"
+    cleaned = execute.clean(made, Path("00_x.ipynb"), tmp_path / "out" / "00_x.ipynb", parameters)
+    assert cleaned.cells[0].source == "tasks = ['<tasks>']"
 
 
 def test_other_files_under_the_same_name_are_refused_in_one_process(tmp_path):

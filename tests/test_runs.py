@@ -553,7 +553,7 @@ def test_a_bad_spec_file_is_one_line(profile_file, capsys, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["dnese"], "'dnese' is neither a plan (dense, engine_latency"),
+        (["dnese"], "'dnese' is neither a plan ("),
         (["dense", "--profile", "quik"], "unknown profile 'quik'"),
         (["dense", "--colour"], "unrecognized arguments: --colour"),
         (["dense", "--budget-minutes", "soon"], "argument --budget-minutes: invalid float value: 'soon'"),

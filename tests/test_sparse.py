@@ -20,7 +20,7 @@ from lib.int8_linear import AVERAGING, Int8Linear, round_to_int8
 from lib.models import random_model
 from lib.sparse_layers import SparseLinear, make_sparse, zero_at_random
 from lib.sparse_storage import decode_bitmask, encode_bitmask, encode_csr, int8_scale, on_int8_grid, storage
-from lib.surgery import save_compressed
+from lib.surgery import cut, save_compressed
 
 
 def sparse_matrix(rows: int, columns: int, sparsity: float, group: int = 1) -> torch.Tensor:
@@ -197,6 +197,18 @@ def test_make_sparse_replaces_every_encoder_map_and_nothing_else():
     make_sparse(model, "csr")
     assert len([module for module in model.modules() if isinstance(module, SparseLinear)]) == 4 * 6
     assert isinstance(model.qa_outputs, nn.Linear)
+
+
+def test_maps_that_cannot_be_stored_sparse_stay_dense_and_right(tiny_bert):
+    """One layer has lost all of its FFN units, another has a number of them that tiles do not divide."""
+    cut(tiny_bert, units=[[], range(6), range(8), range(64)])
+    batch = padded_batch("bert")
+    expected = tiny_bert(**batch).start_logits.detach()
+    for layout, sparse in (("csr", 4 * 4 + 2 * 3), ("tiles", 4 * 4 + 2 * 2)):
+        model = copy.deepcopy(tiny_bert).requires_grad_(False)
+        make_sparse(model, layout)
+        assert sum(isinstance(module, SparseLinear) for module in model.modules()) == sparse
+        torch.testing.assert_close(model(**batch).start_logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_openvino_says_when_its_sparse_weights_would_do_nothing(monkeypatch):

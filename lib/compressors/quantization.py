@@ -14,7 +14,14 @@ from transformers import PreTrainedModel, Trainer
 
 from lib.compressors.base import Compressor, Diverged
 from lib.config import StudyError
-from lib.quantized_layers import Quantizing, freeze_weights, quantize_model, quantized_weights, ranges
+from lib.quantized_layers import (
+    QuantizedLayerNorm,
+    Quantizing,
+    freeze_weights,
+    quantize_model,
+    quantized_weights,
+    ranges,
+)
 from lib.quantized_storage import keep_grids, stored_bytes
 from lib.quantizers import Switch
 
@@ -99,4 +106,10 @@ class Quantization(Compressor):
         return {
             "bits": self.settings.bits, "parts": list(self.settings.parts), "ranges": len(list(ranges(self.model))),
             "quantized_weights": rounded, "float_weights": everything - rounded, "stored_bytes": self.bytes,
+            "denominator_spread": self._denominator_spread(),
         }  # fmt: skip
+
+    def _denominator_spread(self) -> float | None:
+        """Largest over smallest LayerNorm denominator in the widest of their ranges; None where none is followed."""
+        norms = [module for module in self.model.modules() if isinstance(module, QuantizedLayerNorm) and module.guarded]
+        return max((float(norm.denominator.high / norm.denominator.low) for norm in norms), default=None)

@@ -56,7 +56,8 @@ def pruned(profile: Profile, task: str, seed: int, method: str, strength: float 
         if method == "magnitude":
             choice |= {"importance": "magnitude"}
     else:
-        choice |= {"final_lambda": strength[0], "ffn_lambda": settings.ffn_lambda}
+        final_lambda = strength[0] * settings.lambda_factors.get(task, 1.0)
+        choice |= {"final_lambda": final_lambda, "ffn_lambda": settings.ffn_lambda}
         if strength[1]:
             choice |= {"least_density": strength[1]}
         if method in ("block", "struct"):

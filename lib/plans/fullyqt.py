@@ -120,12 +120,15 @@ def _ablations(profile: Profile, task: str, seed: int) -> Iterator[Spec]:
     settings = profile.fully_quantized
     for bits in settings.bits:
         yield post_training(profile, task, seed, bits, bucketing=False)
-        yield aware(profile, task, seed, bits, bucketing=False)
+        yield post_training(profile, task, seed, bits, **GUARDS["denominator from zero"])
+    yield aware(profile, task, seed, min(settings.bits), bucketing=False)
     for bits in settings.part_bits:
         yield from (post_training(profile, task, seed, bits, parts=[part]) for part in PARTS)
     for bits in settings.naive_bits:
         for taken in GUARDS.values():
-            yield from_scratch(profile, task, seed, bits, 0.0, **taken, watch=True)
+            naive = from_scratch(profile, task, seed, bits, 0.0, **taken, watch=True)
+            shorter = naive.training.model_copy(update={"epochs": settings.naive_epochs * naive.training.epochs})
+            yield naive.model_copy(update={"training": shorter})
     for bits in settings.delay_bits:
         for delay in (*settings.delays, settings.scratch_delay):
             yield from_scratch(profile, task, seed, bits, delay)
@@ -157,7 +160,9 @@ def _question_answering(profile: Profile, seed: int) -> Iterator[Spec]:
     yield dense
     for bits in settings.qa_bits:
         yield qa_post_training(profile, seed, bits)
-        yield qa_post_training(profile, seed, bits, bucketing=False)
+        yield qa_post_training(profile, seed, bits, **GUARDS["denominator from zero"])
+    if len(settings.qa_bits) > 1:
+        yield qa_post_training(profile, seed, max(settings.qa_bits), bucketing=False)
     for engine in settings.qa_engines:
         yield EngineQualitySpec(
             task=dense.task, data=dense.data, start=dense, engine=engine, threads=profile.latency.threads,

@@ -1,0 +1,364 @@
+"""Notebook 04 around the compressor: published shapes, block-sparse execution, plans, frames, figures, verdicts."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import small_profile
+
+from lib import block_analysis, block_figures, claims_block_movement, engines, figures, plans
+from lib.agreement import check_agreement, random_batch
+from lib.analysis import latency_frame, training_speed_frame
+from lib.benchmark import main as benchmark
+from lib.block_sparse import empty_block, stored_bytes, to_block_sparse, zero_blocks
+from lib.blocks import attention_parts
+from lib.compressors import CompressorSpec
+from lib.config import StudyError, load_profile
+from lib.experiments import build, run_latency, weights_folder
+from lib.models import ARCHITECTURES
+from lib.plans.block_movement import COPIES, chunks, pruned, resident_bytes
+from lib.published import published
+from lib.published_shapes import FILE, HEADLINE, distinct_shapes, published_shapes, shapes_frame
+from lib.runs import ensure
+from lib.specs import LatencyModel, LatencySpec, TrainSpec, label, parse_spec, spec_hash
+from lib.surgery import load_compressed
+
+# Published shapes
+
+
+def test_published_shapes_are_many_and_fit_their_models():
+    shapes, frame = published_shapes(), shapes_frame()
+    assert len(shapes) == len({shape.checkpoint for shape in shapes}) >= 40 and len(distinct_shapes()) >= 40
+    assert {shape.model for shape in shapes} == {"bert-base-uncased", "bert-large-uncased"}
+    by_name = {shape.name: shape.shapes for shape in shapes}
+    assert all(by_name[shape.name] == shape.shapes for shape in shapes)  # one name, one shape
+    assert (frame["density"] <= frame["stored density"] + 1.2).all()  # struct: their removal drops some weights
+    filled = frame[frame["variant"] == "hybrid-filled"]
+    assert (filled["density"] - filled["stored density"]).abs().max() < 1e-9
+
+
+def test_the_headlines_shape_is_the_published_number():
+    """Table 2 prints 3.94 and 2.76 as compression of two models; the README 74 % fewer weights for the headline's."""
+    shapes = {shape.checkpoint: shape for shape in published_shapes()}
+    headline = shapes[HEADLINE]
+    assert (headline.f1, headline.speedup, sum(headline.heads)) == (87.709, 2.437, 64)
+    total = 12 * (4 * 768**2 + 2 * 768 * 3072)
+    assert 100 * (1 - headline.stored_weights / total) == pytest.approx(73.805, abs=1e-3)
+    table = published("lagunas2021", place="v1 Table 2", method="hybrid-filled", teacher="base", metric="compression")
+    for checkpoint, weights in (("squad_v1-186", 21), ("squad_v1-189", 30)):
+        printed = table[table["weights"] == weights]["value"].item()
+        assert total / shapes[checkpoint].stored_weights == pytest.approx(printed, abs=5e-3)
+    hybrid = next(shape for shape in shapes.values() if shape.name == headline.name and shape.variant == "hybrid")
+    assert hybrid.shapes == headline.shapes and hybrid.weights < headline.weights == headline.stored_weights
+    assert set(headline.attention_densities) == {1.0} and 0.3 < min(hybrid.attention_densities) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda row: row.replace(",hybrid,", ",rows,"), "line 2: variant: Input should be"),
+        (lambda row: row.replace("7 5 9 9 11 10", "7 5 9 9 13 10"), "line 2: the row: .*heads: .*from 0 to 12"),
+        (lambda row: row.replace("7 5 9 9 11 10", "7 5 9 9 11"), "line 2: the row: .*heads: expected 12 numbers"),
+        (lambda row: row.replace("88.11", "881.1"), "line 2: f1: Input should be less than or equal to 100"),
+        (lambda row: row.replace("721 829", "721 many"), "line 2: units.1"),
+        (lambda row: row + ",more", "line 2: wrong number of columns"),
+    ],
+)
+def test_a_damaged_list_of_shapes_names_the_line(tmp_path: Path, change, said):
+    header, row = FILE.read_text(encoding="utf-8").splitlines()[:2]
+    damaged = tmp_path / "shapes.csv"
+    damaged.write_text(f"{header}\n{change(row)}\n", encoding="utf-8")
+    with pytest.raises(StudyError, match=said):
+        published_shapes(damaged)
+    with pytest.raises(StudyError, match="not a readable CSV"):
+        published_shapes(tmp_path / "absent.csv")
+
+
+# Block-sparse execution
+
+
+def test_blocks_that_are_missing_are_found_and_stored_as_such(small_model):
+    model = small_model("bert", "sdpa")
+    zero_blocks(model, (8, 8), [0.5, 0.25, 1.0, 0.0])
+    for part, density in zip(attention_parts(model), (0.5, 0.25, 1.0, 0.0), strict=True):
+        weights = torch.stack([part.query.weight, part.key.weight, part.value.weight, part.attention_output.weight])
+        assert int((weights != 0).sum()) == round(64 * density) * 64
+        assert (empty_block(part.query.weight) or 0) >= (8 if density < 1 else 0)
+    assert empty_block(torch.ones(8, 8)) is None and empty_block(torch.eye(64)) is None
+    sparse = copy.deepcopy(model)
+    converted, total = to_block_sparse(sparse)
+    assert converted >= 9 and total == 25  # three layers, but perhaps a matrix without an empty block
+    assert stored_bytes(sparse) < stored_bytes(model)
+    ids = torch.arange(5, 17).view(2, 6)
+    with torch.inference_mode():
+        assert torch.allclose(sparse(ids).start_logits, model(ids).start_logits, atol=1e-5)
+    with pytest.raises(StudyError, match="3 densities for 4 layers"):
+        zero_blocks(model, (8, 8), [0.5] * 3)
+    with pytest.raises(StudyError, match="does not divide"):
+        zero_blocks(model, (5, 8), [0.5] * 4)
+
+
+def test_the_block_sparse_engine_agrees_and_says_what_it_did(small_model, tmp_path):
+    model = small_model("bert")
+    zero_blocks(model, (16, 16), [0.4] * 4)
+    batches = [random_batch(2, 12, 60, 1, padding=5), random_batch(1, 7, 60, 2)]
+    prepared = engines.prepare("pytorch-bsr-fp32", model, batches[0], 1, None, tmp_path)
+    assert check_agreement(prepared, model, batches)["max_abs_diff"] < 1e-4
+    assert "of 25 matrices block-sparse" in prepared.runs_on and prepared.size_bytes < stored_bytes(model)
+
+
+def test_an_engine_without_mkl_says_so(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert "has no MKL" in str(engines.unavailable_reason("pytorch-bsr-fp32"))
+
+
+def test_a_timed_model_has_the_blocks_that_its_spec_says():
+    half = {"attention_block": (4, 4), "attention_densities": (0.5,) * 4}
+    model = LatencyModel(architecture="tiny", shapes=((2, 8),) * 4, **half)
+    built = build(model)
+    for part in attention_parts(built):
+        weights = [part.query.weight, part.key.weight, part.value.weight, part.attention_output.weight]
+        assert sum(int((weight != 0).sum()) for weight in weights) == 2 * 8 * 32 * 4 // 2
+    spec = LatencySpec(models={"dense": LatencyModel(architecture="tiny"), "half": model}, dense="dense", batch=1,
+                       engines=("pytorch-fp32", "pytorch-bsr-fp32"), length=8, threads=1, rounds=1)  # fmt: skip
+    rows = {row["name"]: row for row in run_latency(spec)["rows"]}
+    assert "16 of 25" in rows["half/pytorch-bsr-fp32"]["runs_on"]
+    assert "0 of 25" in rows["dense/pytorch-bsr-fp32"]["runs_on"]
+
+
+# Plans
+
+
+@pytest.mark.parametrize("name", ["smoke", "quick", "study", "paper"])
+def test_plans_are_whole_and_read_back(name):
+    profile = load_profile(name)
+    for plan in ("block_movement", "published_shape_speed", "block_sparse_speed", "training_overhead"):
+        specs = plans.PLANS[plan](profile)
+        assert all(parse_spec(spec.model_dump(mode="json")) == spec for spec in specs)
+    specs = plans.block_movement(profile)
+    first = next(spec for spec in specs if isinstance(spec, TrainSpec) and spec.compressor)
+    assert [block_analysis.method_of(spec) for spec in specs[:3]] == ["dense", "hybrid", "hybrid-filled"]
+    assert first.distillation is not None and (first.distillation.hard, first.distillation.logits) == (0.1, 0.9)
+    assert first.teacher == specs[0] and specs[2].start == first
+    hashes = [spec_hash(spec) for spec in specs]
+    for spec in specs:  # what a run begins with or learns from is planned before it, wherever it is planned at all
+        for needed in (getattr(spec, "start", None), getattr(spec, "teacher", None)):
+            if needed is not None and spec_hash(needed) in hashes:
+                assert hashes.index(spec_hash(needed)) < hashes.index(spec_hash(spec))
+
+
+def test_the_papers_profile_has_the_papers_settings():
+    profile = load_profile("paper")
+    spec = pruned(profile, "squad_v1", 0, "hybrid", profile.block_movement.strengths[0])
+    settings = spec.compressor.settings
+    assert settings == {"block": [32, 32], "score_learning_rate": 0.01, "final_lambda": 10, "ffn_lambda": 1}
+    assert spec.training.epochs == 20 and spec.start is None
+    struct = pruned(profile, "squad_v1", 0, "struct", (5, 0.2)).compressor.settings
+    assert struct["variant"] == "struct" and struct["least_density"] == 0.2
+    assert struct["attention_lambda"] == profile.block_movement.struct_attention_lambda
+    large = pruned(profile, "squad_v1", 0, "hybrid-large", (10, 0))
+    assert "large" in large.teacher.encoder and large.encoder == "bert-base-uncased"
+
+
+def test_every_published_shape_is_timed_once_on_every_engine_within_the_memory():
+    profile = load_profile("study")
+    specs = plans.published_shape_speed(profile)
+    wanted = set(distinct_shapes())
+    for engine in profile.block_movement.shape_engines:
+        runs = [spec for spec in specs if spec.engines == (engine,)]
+        timed = [name for spec in runs for name in spec.models if not name.startswith("dense")]
+        assert sorted(timed) == sorted(wanted)
+        assert [name for spec in runs for name in spec.models].count("dense large") == 1
+    for spec in specs:
+        assert spec.dense == "dense" and spec.models["dense"] == LatencyModel(architecture="bert-base-uncased")
+        assert sum(map(resident_bytes, spec.models.values())) < 16e9 and len(spec.models) > 1
+    assert {spec.engines[0] for spec in specs[: len(profile.block_movement.shape_engines)]} == set(
+        profile.block_movement.shape_engines
+    )
+    headline = next(shape for shape in published_shapes() if shape.checkpoint == HEADLINE)
+    assert list(specs[0].models)[1] == headline.name
+
+
+def test_resident_bytes_count_what_is_left():
+    dense = LatencyModel(architecture="tiny")
+    cut = LatencyModel(architecture="tiny", shapes=((1, 10),) * 4)
+    config = ARCHITECTURES["tiny"]
+    weights = 4 * (3 * 4 * 32 * 8 + 2 * 32 * (config.intermediate_size - 10))
+    assert resident_bytes(dense) - resident_bytes(cut) == 4 * COPIES * weights
+    groups = chunks({str(i): dense for i in range(5)}, 2 * resident_bytes(dense))
+    assert [list(group) for group in groups] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [len(group) for group in chunks({"a": dense, "b": dense}, 1)] == [1, 1]
+
+
+def test_labels_tell_variants_apart():
+    profile = load_profile("smoke")
+    names = [label(spec) for spec in plans.block_movement(profile)]
+    assert "world_qa_block_movement_hybrid-4x4-lambda0.02_seed0" in names
+    assert any("block-1x1-density0.4" in name and "magnitude" in name for name in names)
+
+
+# Runs, frames, figures, verdicts
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blocks")
+    values: Any = small_profile(folder / "results")
+    values["tasks"]["world_sentiment"] |= {"train_examples": 48}
+    values["block_movement"] |= {
+        "ablation_tasks": ["world_sentiment"], "block_sizes": [[8, 8]], "densities": [0.4], "variant_strengths": 1,
+        "block_sparse_densities": [0.5], "translation_tasks": ["world_translation"],
+    }  # fmt: skip
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return load_profile(folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def records(study):
+    return ensure(plans.block_movement(study), study)
+
+
+def test_frame_of_the_runs(study, records):
+    frame = block_analysis.block_frame(records)
+    methods = {"dense", "hybrid", "hybrid-filled", "struct", "block", "hybrid-top-k", "movement", "magnitude",
+               "hybrid-alone", "dense-distilled"}  # fmt: skip
+    assert set(frame["method"]) == methods and methods <= set(figures.METHODS)
+    assert not records.missing and len(frame) == len(records)
+    assert (frame["density"] <= frame["stored"] + 1e-9).all()
+    dense = frame[frame["method"] == "dense"]
+    assert set(dense["density"]) == {100.0} and set(dense["task"]) == {"world_sentiment", "world_translation"}
+    for name, density in (("movement", 40), ("magnitude", 40)):
+        assert frame[frame["method"] == name]["density"].item() == pytest.approx(density, abs=1.0)
+    hybrid, filled = (block_analysis.find(records, method=name)[0] for name in ("hybrid", "hybrid-filled"))
+    assert block_analysis.strength_of(filled.spec) == block_analysis.strength_of(hybrid.spec) == (0.01, (4, 4))
+    assert filled["compression"]["density"] == filled["compression"]["stored_density"]
+    assert filled["compression"]["heads"] == hybrid["compression"]["heads"]
+    empty = block_analysis.block_frame([])
+    assert empty.empty and {"retained", "method", "score"} <= set(empty)
+
+
+def test_a_filled_model_is_kept_and_runs(study, records):
+    filled = block_analysis.find(records, method="hybrid-filled")[0]
+    model, _ = load_compressed(weights_folder(study, filled.spec))
+    assert [part.heads for part in attention_parts(model)] == filled["compression"]["heads"]
+
+
+def test_histories_and_survivors(records):
+    record = block_analysis.find(records, method="hybrid")[0]
+    history = block_analysis.history_frame(record)
+    assert history["progress"].is_monotonic_increasing and history.iloc[-1]["progress"] == 1
+    counts, progress, edges = block_analysis.score_counts(record, "attention")
+    assert counts.shape == (len(progress), len(edges) - 1) and set(counts.sum(1)) == {4 * 4 * 64}
+    heads, _ = block_analysis.alive(record, "heads")
+    kept = block_analysis.survivors(record)
+    assert heads[-1].tolist() == kept[kept["kind"] == "heads"]["kept"].tolist() == record["compression"]["heads"]
+    assert block_analysis.part_densities(record).shape == (6, 4)
+
+
+def test_speed_of_trained_shapes_and_of_blocks(study, records):
+    specs = plans.trained_speed(study, records)
+    trained = [record for record in records if isinstance(record.spec, TrainSpec) and record.spec.compressor]
+    assert len(specs) == 1 and set(specs[0].models) == {"dense", *(record.hash for record in trained)}
+    assert plans.trained_speed(study, []) == []
+    assert plans.trained_speed(study.model_copy(update={"encoder": "some/hub-name"}), records) == []
+    frame = block_analysis.block_frame(records)
+    speed = latency_frame(ensure(specs, study))
+    _, rows = block_figures.score_against_speed(frame, speed, block_analysis.published_curves())
+    assert len(rows) == len(trained) and rows["ratio_to_dense"].gt(0).all()
+    sparse = latency_frame(ensure(plans.block_sparse_speed(study), study))
+    assert set(sparse["model"]) == {"dense", "all blocks", "50 % of blocks"}
+    cost = training_speed_frame(ensure([plans.training_overhead(study)], study))
+    assert list(cost["name"]) == ["dense", "hybrid", "block", "movement", "magnitude"]
+
+
+def test_figures_are_drawn_from_records(records):
+    frame, theirs = block_analysis.block_frame(records), block_analysis.published_curves()
+    task = frame[frame["task"] == "world_sentiment"]
+    record = block_analysis.find(records, method="hybrid")[0]
+    drawn = {
+        "density": block_figures.score_against_density(task, theirs),
+        "survivors": block_figures.what_survives({"one": record}, 4, 64),
+        "scores": block_figures.scores_in_training(record),
+        "deaths": block_figures.deaths_in_training(record),
+        "blocks": block_figures.block_sizes(task[task["method"] == "hybrid"], ["4 × 4", "8 × 8"]),
+    }
+    for name, (fig, rows) in drawn.items():
+        assert len(rows) and fig.axes, name
+    assert set(drawn["blocks"][1]["block"]) == {"4 × 4", "8 × 8"}
+    assert drawn["survivors"][1]["share"].between(0, 100).all()
+
+
+def timed(ratio: float) -> pd.DataFrame:
+    """All shapes as if every engine gave ``ratio`` times the published speed-up."""
+    frame = shapes_frame()
+    conditions = {"batch": 1, "length": 384, "threads": 2, "cpu": "a CPU", "n": 5, "median_ms": 10.0}
+    ours = frame.assign(ours=ratio * frame["speedup"], **conditions)
+    return pd.concat([ours.assign(engine=engine) for engine in ("pytorch-fp32", "openvino-bf16")], ignore_index=True)
+
+
+def test_speed_summary_and_the_main_figure():
+    summary = block_analysis.speed_summary(timed(0.8))
+    assert summary["ours / published"].round(9).eq(0.8).all() and summary["rank correlation"].round(9).eq(1).all()
+    assert (summary["shapes"] == len(distinct_shapes())).all()
+    fig, rows = block_figures.published_speed(timed(0.8))
+    assert len(rows) == 2 * len(published_shapes()) and len(fig.axes) == 2
+
+
+def made(**rows: Any) -> pd.DataFrame:
+    """A frame of runs on one task and two seeds: method -> (retained, density, stored)."""
+    frame = pd.DataFrame([
+        {"hash": f"{name}{seed}", "task": "world_sentiment", "title": "World sentiment", "seed": seed,
+         "method": name.replace("_", "-"), "strength": 10.0, "block": "4 × 4", "retained": retained + 0.1 * seed,
+         "score": retained, "density": density, "stored": stored}
+        for name, (retained, density, stored) in rows.items() for seed in (0, 1)
+    ])  # fmt: skip
+    return frame
+
+
+def verdicts(frame: pd.DataFrame, speed: pd.DataFrame) -> dict[str, str]:
+    table = claims_block_movement.block_movement("world_sentiment", frame, speed)
+    return dict(zip(table["claim"], table["verdict"], strict=True))
+
+
+def test_verdicts_follow_the_numbers():
+    good = made(dense=(100, 100, 100), hybrid=(97, 18, 26), hybrid_filled=(99, 26, 26), struct=(95, 17, 17),
+                movement=(98, 20, 99), hybrid_alone=(95, 18, 26))  # fmt: skip
+    found = verdicts(good, timed(0.95))
+    assert list(found.values())[:7] == ["holds"] * 7
+    bad = made(dense=(100, 100, 100), hybrid=(90, 18, 26), hybrid_filled=(89, 26, 26), struct=(95, 17, 17),
+               movement=(80, 20, 99), hybrid_alone=(92, 18, 26))  # fmt: skip
+    found = verdicts(bad, timed(0.5))
+    assert list(found.values())[1:7] == ["does not hold here"] * 6
+    nothing = list(verdicts(block_analysis.block_frame([]), pd.DataFrame()).values())
+    assert nothing[0] == "holds" and set(nothing[1:]) == {"not testable here"}
+
+
+def test_a_model_that_is_not_small_enough_proves_nothing():
+    mild = made(dense=(100, 100, 100), hybrid=(99, 60, 80), hybrid_filled=(100, 80, 80), struct=(99, 20, 20))
+    found = verdicts(mild, pd.DataFrame())
+    assert found["It loses 1 % of its F1"] == "not testable here"
+    assert found["Small blocks keep more than whole heads, at the same density"] == "not testable here"
+
+
+# The benchmark command
+
+
+def test_overhead_command(capsys):
+    assert benchmark(["overhead", "--profile", "smoke", "--threads", "1", "--rounds", "1", "--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny, batch 2, 16 tokens" in out and all(name in out for name in ("dense", "hybrid", "movement"))
+    assert benchmark(["overhead", "--rounds", "0"]) == 2
+    assert "--rounds: found 0, expected 1 or more" in capsys.readouterr().err
+
+
+def test_a_compressor_for_a_model_that_is_not_timed_is_refused(study):
+    from lib.experiments import run_training_speed
+
+    spec = plans.training_overhead(study)
+    strange = spec.model_copy(update={"compressors": {"other": CompressorSpec(name="block_movement")}})
+    with pytest.raises(StudyError, match="compressor for 'other', which is not among dense"):
+        run_training_speed(strange)
