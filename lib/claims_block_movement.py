@@ -88,7 +88,7 @@ def _struct(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def _unstructured(frame: pd.DataFrame) -> dict[str, str]:
-    claim = "Single weights (movement) keep a little more than hybrid blocks, but are not faster"
+    claim = "Single weights (movement) keep a little more than hybrid blocks"
     table = published("lagunas2021", place="v1 Table 10", task="mnli", compression=10, teacher="base")
     scores = table.set_index("method")["value"]
     return _lead(frame, claim, "movement", f"{scores['movement'] - scores['hybrid']:+.1f} on MNLI", "movement")

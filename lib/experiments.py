@@ -151,8 +151,10 @@ def _worth_keeping(spec: TrainSpec, profile: Profile) -> bool:
         return True
     if spec.compressor.name == "layer_dropping":
         return spec.teacher is not None and spec.task == profile.frontier.task
-    if spec.compressor.name == "block_movement":
-        return spec.compressor.settings.get("variant", "hybrid") == "hybrid"
+    if spec.compressor.name == "block_movement":  # the hybrid models that others fill
+        settings, wanted = spec.compressor.settings, profile.block_movement.block
+        hybrid = settings.get("variant", "hybrid") == "hybrid" and "density" not in settings
+        return hybrid and spec.teacher is not None and tuple(settings.get("block", ())) == wanted
     pruned = spec.compressor.name in ("structured", "obert", "refill")
     return pruned and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
 
