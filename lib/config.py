@@ -158,6 +158,7 @@ class LayerDroppingSettings(Strict):
     thresholds: tuple[float, ...]
     grid_tasks: tuple[str, ...]
     half_tasks: tuple[str, ...]
+    speed_engines: tuple[str, ...] = Field(min_length=1)
     speed_k: tuple[PositiveInt, ...] = Field(min_length=1)
     ablation_k: tuple[PositiveInt, ...] = Field(min_length=1)
     ablation_tasks: tuple[str, ...]
@@ -186,6 +187,7 @@ class StructuredPruningSettings(Strict):
     gain_examples: PositiveInt
     leave_one_out_examples: PositiveInt
     speed_shape: Literal["tiny", "base", "large"]
+    speed_engines: tuple[str, ...] = Field(min_length=1)
     speed_points: tuple[tuple[Density, Density], ...]
     speed_batches: tuple[PositiveInt, ...]
     speed_length: PositiveInt
@@ -300,7 +302,7 @@ class ObertSettings(Strict):
     task: str
     train_examples: PositiveInt | None
     sparsities: tuple[Sparsity, ...] = Field(min_length=1)
-    short_epochs: PositiveFloat
+    short_epochs: PositiveFloat | None  # None leaves the short budget out
     long_epochs: PositiveFloat
     prunings: PositiveInt
     first_step: Sparsity

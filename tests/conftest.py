@@ -139,7 +139,8 @@ def small_profile(results: Path) -> dict[str, Any]:
                     "comparison_examples": 32,
                     "base_shape": "tiny"},
         "layer_dropping": {"k": [2], "strategies": ["top"], "thresholds": [0.9], "grid_tasks": ["world_sentiment"],
-                           "half_tasks": [], "speed_k": [2], "ablation_k": [2], "ablation_tasks": []},
+                           "half_tasks": [], "speed_engines": ["pytorch-fp32"], "speed_k": [2],
+                           "ablation_k": [2], "ablation_tasks": []},
         "frontier": {"task": "world_qa", "layers_dropped": [0, 2], "operating_points": [[1, 1]],
                      "engines": ["onnxruntime-int8"], "reference": "pytorch-fp32", "batch": 1, "length": 16},
         "kronecker": {
@@ -182,6 +183,6 @@ def small_profile(results: Path) -> dict[str, Any]:
             "tasks": ["world_qa"], "head_densities": [0.5], "unit_densities": [0.5], "operating_points": [[0.5, 0.5]],
             "embedding_densities": [], "gate_epochs": 1, "gate_batch_size": 8, "retrain_epochs": 1,
             "retrain_learning_rate": 1e-3, "gain_examples": 8, "leave_one_out_examples": 4, "speed_shape": "tiny",
-            "speed_points": [[0.5, 0.5]], "speed_batches": [1], "speed_length": 16,
+            "speed_engines": ["pytorch-fp32"], "speed_points": [[0.5, 0.5]], "speed_batches": [1], "speed_length": 16,
         },
     }  # fmt: skip

@@ -196,7 +196,7 @@ def verdicts(top: float = 79.0, bottom: float = 60.0, after: float = 79.0, itera
 
 CLAIMS = {
     "Half the layers fine-tune almost twice as fast": {"ratio": 1.6},
-    "Half the layers halve the inference time": {"saved": (50.0, 30.0)},
+    "Half the layers halve the inference time": {"saved": (40.0, 30.0)},
     "Half of the layers, dropped from the top, keep nearly all of the score": {"top": 70.0, "bottom": 50.0},
     "Dropping from the top is the best or near-best strategy": {"bottom": 83.0},
     "Dropping from the fine-tuned model and fine-tuning again is comparable": {"after": 70.0},
@@ -208,6 +208,10 @@ def test_every_claim_holds_on_numbers_like_the_papers():
     found = verdicts()
     assert set(CLAIMS) < set(found.index) and len(found) == 7
     assert set(found["verdict"]) == {"holds"} and (found["evidence"] != "").all()
+
+
+def test_a_claim_that_some_engines_reach_holds_in_part():
+    assert verdicts(saved=(50.0, 30.0)).loc["Half the layers halve the inference time", "verdict"] == "holds in part"
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -279,6 +283,10 @@ def test_seeds_are_counted_on_one_task_and_only_where_a_share_is_known():
         ("quality", True, None, "holds"),
         ("quality", None, 1, "not testable here"),
         ("speed", True, 1, "holds"),
+        ("speed", np.array([True, True]), None, "holds"),
+        ("speed", pd.Series([True, False]), None, "holds in part"),
+        ("quality", [False, False], 2, "does not hold here"),
+        ("quality", [True, False], 1, "too few seeds to tell (n = 1)"),
     ],
 )
 def test_only_quality_needs_seeds(check, holds, seeds, word):

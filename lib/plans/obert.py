@@ -62,7 +62,10 @@ def _training(profile: Profile, task: str, epochs: float) -> Any:
 
 
 def _epochs(profile: Profile, budget: Budget) -> float:
-    return profile.obert.long_epochs if budget == "long" else profile.obert.short_epochs
+    epochs = profile.obert.long_epochs if budget == "long" else profile.obert.short_epochs
+    if epochs is None:
+        raise StudyError("obert.short_epochs: the profile leaves the short budget out; give it a number of epochs")
+    return epochs
 
 
 def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "obert", group: int = 1,
@@ -208,8 +211,8 @@ def obert(profile: Profile) -> list[Spec]:
     for seed in profile.task_seeds(settings.task):
         plan += [*_headline(profile, seed), *_compound(profile, seed), *_one_shot(profile, seed)]
         plan += _upstream(profile, seed)
-        plan += [pruned(profile, seed, sparsity, budget="short") for sparsity in settings.sparsities]
-        plan += [pruned(profile, seed, 0.0, budget="short")]
+        if settings.short_epochs:
+            plan += [pruned(profile, seed, sparsity, budget="short") for sparsity in (*settings.sparsities, 0.0)]
     return plan
 
 

@@ -153,8 +153,7 @@ def _ablation(
 def halved_speed(profile: Profile) -> list[Spec]:
     """Fine-tuning and inference of the published-size BERT with all its layers and with fewer, interleaved.
 
-    Training is measured with every parameter trained, as the paper does, in fp32 and in bf16; inference on the engines
-    in floating point (``engine_latency`` shows INT8 on the dense model, and layers scale alike).
+    Training is measured with every parameter trained, as the paper does, in fp32 and in bf16.
     """
     architecture = SPEED_ARCHITECTURES[profile.latency.base_shape]
     n = layer_count(load_config(architecture))
@@ -163,7 +162,6 @@ def halved_speed(profile: Profile) -> list[Spec]:
         name: LatencyModel(architecture=architecture, drop=drop, head="classification") for name, drop in kept.items()
     }
     settings, dense_name = profile.latency, f"{n} layers"
-    floating = tuple(engine for engine in settings.engines if not engine.endswith("int8"))
     length = min(settings.lengths)
     plan: list[Spec] = [
         TrainingSpeedSpec(
@@ -174,7 +172,7 @@ def halved_speed(profile: Profile) -> list[Spec]:
     ]  # fmt: skip
     plan += [
         LatencySpec(
-            models=models, dense=dense_name, engines=floating, batch=batch, length=length,
+            models=models, dense=dense_name, engines=profile.layer_dropping.speed_engines, batch=batch, length=length,
             threads=settings.threads, rounds=settings.rounds,
         )
         for batch in settings.batches

@@ -161,7 +161,7 @@ def operating_speed(profile: Profile) -> list[Spec]:
             threads=latency.threads, rounds=latency.rounds,
         )
         for batch in settings.speed_batches
-        for engine in latency.engines
+        for engine in settings.speed_engines
     ]  # fmt: skip
 
 
