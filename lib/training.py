@@ -1,8 +1,8 @@
 """The one fine-tuning loop: transformers' Trainer with a compressor, a distiller and an exact resume.
 
-What makes it fast on a CPU, each a setting of the profile: batches of similar length, bf16 autocast where the hardware
-computes in it, no dropout, frozen embeddings, the eager attention kernel (its CPU backward is faster than sdpa's) and
-an allocator that keeps large blocks (``lib.environment``). ``python -m lib.benchmark training`` measures their shares.
+What makes it fast on a CPU: batches of similar length, bf16 autocast where the hardware computes in it, no dropout or a
+cheap one (``lib.dropout``), frozen embeddings, the eager attention kernel (its CPU backward is faster than sdpa's) and an
+allocator that keeps large blocks (``lib.environment``). ``python -m lib.benchmark training`` measures their shares.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from lib.compressors.base import Compressor, Diverged
 from lib.config import Strict, StudyError
 from lib.data import Task
 from lib.distillation import Distiller
+from lib.dropout import use_byte_dropout
 from lib.environment import native_bf16
 from lib.models import base_model
 from lib.progress import Progress
@@ -250,6 +251,7 @@ def fine_tune(
     compressor = compressor or Compressor(None)
     if settings.freeze_embeddings:
         freeze_embeddings(model)
+    use_byte_dropout(model)
     steps = max(1, math.ceil(len(features) / settings.batch_size * settings.epochs))
     bf16 = use_bf16(settings.precision)
     distributed.join()
