@@ -1,8 +1,8 @@
 """The one fine-tuning loop: transformers' Trainer with a compressor, a distiller and an exact resume.
 
 What makes it fast on a CPU: batches of similar length, bf16 autocast where the hardware computes in it, no dropout or a
-cheap one (``lib.dropout``), frozen embeddings, the eager attention kernel (its backward is faster there than sdpa's) and
-an allocator that keeps large blocks (``lib.environment``). ``python -m lib.benchmark training`` measures their shares.
+cheap one (``lib.dropout``), frozen embeddings, the eager attention kernel (its backward is faster than sdpa's) and an
+allocator that keeps large blocks (``lib.environment``). ``python -m lib.benchmark training`` measures their shares.
 """
 
 import contextlib
