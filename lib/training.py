@@ -46,6 +46,7 @@ from lib.progress import Progress
 from lib.surgery import forget_parameters
 
 STATE_FILE = "trainer_state.json"
+PAD_TO = 8  # lengths of batches are multiples: with all lengths, glibc's lists of free blocks grow until malloc is slow
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 transformers.utils.logging.disable_progress_bar()
@@ -271,7 +272,7 @@ def fine_tune(
         model=model,
         args=arguments,
         train_dataset=features,
-        data_collator=collator or DataCollatorWithPadding(tokenizer),
+        data_collator=collator or DataCollatorWithPadding(tokenizer, pad_to_multiple_of=PAD_TO),
         compressor=compressor,
         distiller=distiller,
         lengths=features["length"],
