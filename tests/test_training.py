@@ -15,6 +15,7 @@ from lib.compressors import Compressor, LayerDropping
 from lib.config import StudyError
 from lib.data import TASKS, load_task
 from lib.distillation import Distillation, Distiller
+from lib.dropout import ByteDropout
 from lib.evaluation import evaluate_model
 from lib.models import base_model, layers, load_model
 from lib.training import GroupedSampler, TrainingSettings, encode, fine_tune, last_checkpoint
@@ -92,6 +93,20 @@ def test_the_same_seed_gives_the_same_weights_and_metrics_and_another_does_not(d
         assert outcome.examples == 96 and outcome.tokens == 2 * sum(features["length"])
     assert results[0] == results[1] and losses[0] == losses[1] and same(states[0], states[1])
     assert losses[0] != losses[2] and not same(states[0], states[2])
+
+
+def test_batches_are_padded_to_multiples_and_dropout_is_the_cheap_one(features, tokenizer, tmp_path):
+    student, widths, dropouts = model(), [], set()
+
+    def look(module: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+        widths.append(inputs["input_ids"].shape[1])
+        dropouts.update(type(part) for part in module.modules() if isinstance(part, nn.Dropout))
+
+    student.register_forward_pre_hook(look, with_kwargs=True)
+    train(student, tokenizer, features, tmp_path)
+    assert len(widths) == 12 and {width % training.PAD_TO for width in widths} == {0}
+    assert max(features["length"]) <= max(widths) < max(features["length"]) + training.PAD_TO
+    assert dropouts == {ByteDropout}
 
 
 class Stop(KeyboardInterrupt):
