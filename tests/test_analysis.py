@@ -7,17 +7,9 @@ import pandas as pd
 import pytest
 
 from lib import claims
-from lib.analysis import (
-    PROCEDURES,
-    contribution_frame,
-    latency_frame,
-    procedure,
-    published_retained,
-    quality_frame,
-    strategy_frame,
-    summarise,
-    training_speed_frame,
-)
+from lib.analysis import latency_frame, published_retained, summarise, training_speed_frame
+from lib.analysis.poor_mans_bert import PROCEDURES, contribution_frame, procedure, quality_frame, strategy_frame
+from lib.claims import poor_mans_bert as claims_of
 from lib.compressors import CompressorSpec
 from lib.config import StudyError
 from lib.distillation import Distillation
@@ -188,7 +180,7 @@ def verdicts(top: float = 79.0, bottom: float = 60.0, after: float = 79.0, itera
         ("iterative", (4, 5, 6)): iterative,
     }, seeds)  # fmt: skip
     orders = pd.concat([strategy_frame(frame, HALVES, kind) for kind in ("before", "after", "iterative")])
-    found = claims.poor_mans_bert(
+    found = claims_of.verdicts(
         LAYERS, strategy_frame(frame, HALVES), orders[orders["strategy"] == "top"], speed(ratio), inference(*saved)
     )
     return found.set_index("claim")
@@ -269,7 +261,7 @@ def test_seeds_are_counted_on_one_task_and_only_where_a_share_is_known():
     empty = training_speed_frame([])
     for frame, word in ((known, "holds"), (orphan, "too few seeds to tell (n = 1)")):
         curves = strategy_frame(frame, HALVES)
-        found = claims.poor_mans_bert(LAYERS, curves, curves, empty, empty).set_index("claim")["verdict"]
+        found = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim")["verdict"]
         assert found["Half of the layers, dropped from the top, keep nearly all of the score"] == word
         assert found["Dropping from the top is the best or near-best strategy"] == word
 
@@ -299,7 +291,7 @@ def test_orders_that_share_no_run_are_not_run_yet():
     orders = pd.concat([strategy_frame(frame, HALVES, kind) for kind in ("before", "after")])
     orders = orders[(orders["procedure"] == "after") == (orders["seed"] == 1)]
     empty = training_speed_frame([])
-    found = claims.poor_mans_bert(LAYERS, orders.iloc[:0], orders, empty, empty).set_index("claim")
+    found = claims_of.verdicts(LAYERS, orders.iloc[:0], orders, empty, empty).set_index("claim")
     row = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
     assert (row["ours"], row["verdict"]) == (claims.NOT_RUN, "not testable here")
 
@@ -309,7 +301,7 @@ def test_without_runs_everything_but_the_size_is_not_run_yet():
     curves = strategy_frame(frame, HALVES)
     assert curves.empty
     for orders in (curves, strategy_frame(frame, {})):
-        found = claims.poor_mans_bert(LAYERS, curves, orders, training_speed_frame([]), latency_frame([]))
+        found = claims_of.verdicts(LAYERS, curves, orders, training_speed_frame([]), latency_frame([]))
         assert found["ours"].tolist()[1:] == [claims.NOT_RUN] * 6
         assert found["verdict"].tolist() == ["holds"] + ["not testable here"] * 6
 
@@ -319,6 +311,6 @@ def test_a_strategy_that_lacks_runs_is_compared_on_the_shared_ones():
     lonely = frame[(frame["task"] == "cola") & (frame["drop"] == (1, 2, 3))].index
     curves = strategy_frame(frame.drop(lonely), HALVES)
     empty = training_speed_frame([])
-    found = claims.poor_mans_bert(LAYERS, curves, curves, empty, empty).set_index("claim")
+    found = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim")
     row = found.loc["Dropping from the top is the best or near-best strategy"]
     assert row["ours"] == "1 of 2" and "1 tasks, 2 seeds each" in row["evidence"]

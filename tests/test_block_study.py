@@ -10,17 +10,20 @@ import torch
 import yaml
 from conftest import small_profile
 
-from lib import block_analysis, block_figures, claims_block_movement, engines, figures, plans
+from lib import engines, figures, plans
 from lib.agreement import check_agreement, random_batch
+from lib.analysis import block_movement as frames
 from lib.analysis import latency_frame, training_speed_frame
 from lib.benchmark import main as benchmark
 from lib.block_sparse import empty_block, stored_bytes, to_block_sparse, zero_blocks
 from lib.blocks import attention_parts
+from lib.claims import block_movement as claims_of
 from lib.compressors import CompressorSpec
 from lib.config import StudyError, load_profile
 from lib.experiments import build, run_latency, weights_folder
 from lib.models import ARCHITECTURES
 from lib.plans.block_movement import COPIES, chunks, pruned, resident_bytes
+from lib.plots import block_movement as plots
 from lib.published import published
 from lib.published_shapes import FILE, HEADLINE, distinct_shapes, published_shapes, shapes_frame
 from lib.runs import ensure
@@ -141,7 +144,7 @@ def test_plans_are_whole_and_read_back(name):
         assert all(parse_spec(spec.model_dump(mode="json")) == spec for spec in specs)
     specs = plans.block_movement(profile)
     first = next(spec for spec in specs if isinstance(spec, TrainSpec) and spec.compressor)
-    assert [block_analysis.method_of(spec) for spec in specs[:3]] == ["dense", "hybrid", "hybrid-filled"]
+    assert [frames.method_of(spec) for spec in specs[:3]] == ["dense", "hybrid", "hybrid-filled"]
     assert first.distillation is not None and (first.distillation.hard, first.distillation.logits) == (0.1, 0.9)
     assert first.teacher == specs[0] and specs[2].start == first
     hashes = [spec_hash(spec) for spec in specs]
@@ -223,7 +226,7 @@ def records(study):
 
 
 def test_frame_of_the_runs(study, records):
-    frame = block_analysis.block_frame(records)
+    frame = frames.block_frame(records)
     methods = {"dense", "hybrid", "hybrid-filled", "struct", "block", "hybrid-top-k", "movement", "magnitude",
                "hybrid-alone", "dense-distilled"}  # fmt: skip
     assert set(frame["method"]) == methods and methods <= set(figures.METHODS)
@@ -233,30 +236,30 @@ def test_frame_of_the_runs(study, records):
     assert set(dense["density"]) == {100.0} and set(dense["task"]) == {"world_sentiment", "world_translation"}
     for name, density in (("movement", 40), ("magnitude", 40)):
         assert frame[frame["method"] == name]["density"].item() == pytest.approx(density, abs=1.0)
-    hybrid, filled = (block_analysis.find(records, method=name)[0] for name in ("hybrid", "hybrid-filled"))
-    assert block_analysis.strength_of(filled.spec) == block_analysis.strength_of(hybrid.spec) == (0.01, (4, 4))
+    hybrid, filled = (frames.find(records, method=name)[0] for name in ("hybrid", "hybrid-filled"))
+    assert frames.strength_of(filled.spec) == frames.strength_of(hybrid.spec) == (0.01, (4, 4))
     assert filled["compression"]["density"] == filled["compression"]["stored_density"]
     assert filled["compression"]["heads"] == hybrid["compression"]["heads"]
-    empty = block_analysis.block_frame([])
+    empty = frames.block_frame([])
     assert empty.empty and {"retained", "method", "score"} <= set(empty)
 
 
 def test_a_filled_model_is_kept_and_runs(study, records):
-    filled = block_analysis.find(records, method="hybrid-filled")[0]
+    filled = frames.find(records, method="hybrid-filled")[0]
     model, _ = load_compressed(weights_folder(study, filled.spec))
     assert [part.heads for part in attention_parts(model)] == filled["compression"]["heads"]
 
 
 def test_histories_and_survivors(records):
-    record = block_analysis.find(records, method="hybrid")[0]
-    history = block_analysis.history_frame(record)
+    record = frames.find(records, method="hybrid")[0]
+    history = frames.history_frame(record)
     assert history["progress"].is_monotonic_increasing and history.iloc[-1]["progress"] == 1
-    counts, progress, edges = block_analysis.score_counts(record, "attention")
+    counts, progress, edges = frames.score_counts(record, "attention")
     assert counts.shape == (len(progress), len(edges) - 1) and set(counts.sum(1)) == {4 * 4 * 64}
-    heads, _ = block_analysis.alive(record, "heads")
-    kept = block_analysis.survivors(record)
+    heads, _ = frames.alive(record, "heads")
+    kept = frames.survivors(record)
     assert heads[-1].tolist() == kept[kept["kind"] == "heads"]["kept"].tolist() == record["compression"]["heads"]
-    assert block_analysis.part_densities(record).shape == (6, 4)
+    assert frames.part_densities(record).shape == (6, 4)
 
 
 def test_speed_of_trained_shapes_and_of_blocks(study, records):
@@ -265,9 +268,9 @@ def test_speed_of_trained_shapes_and_of_blocks(study, records):
     assert len(specs) == 1 and set(specs[0].models) == {"dense", *(record.hash for record in trained)}
     assert plans.trained_speed(study, []) == []
     assert plans.trained_speed(study.model_copy(update={"encoder": "some/hub-name"}), records) == []
-    frame = block_analysis.block_frame(records)
+    frame = frames.block_frame(records)
     speed = latency_frame(ensure(specs, study))
-    _, rows = block_figures.score_against_speed(frame, speed, block_analysis.published_curves())
+    _, rows = plots.score_against_speed(frame, speed, frames.published_curves())
     assert len(rows) == len(trained) and rows["ratio_to_dense"].gt(0).all()
     sparse = latency_frame(ensure(plans.block_sparse_speed(study), study))
     assert set(sparse["model"]) == {"dense", "all blocks", "50 % of blocks"}
@@ -276,15 +279,15 @@ def test_speed_of_trained_shapes_and_of_blocks(study, records):
 
 
 def test_figures_are_drawn_from_records(records):
-    frame, theirs = block_analysis.block_frame(records), block_analysis.published_curves()
+    frame, theirs = frames.block_frame(records), frames.published_curves()
     task = frame[frame["task"] == "world_sentiment"]
-    record = block_analysis.find(records, method="hybrid")[0]
+    record = frames.find(records, method="hybrid")[0]
     drawn = {
-        "density": block_figures.score_against_density(task, theirs),
-        "survivors": block_figures.what_survives({"one": record}, 4, 64),
-        "scores": block_figures.scores_in_training(record),
-        "deaths": block_figures.deaths_in_training(record),
-        "blocks": block_figures.block_sizes(task[task["method"] == "hybrid"], ["4 × 4", "8 × 8"]),
+        "density": plots.score_against_density(task, theirs),
+        "survivors": plots.what_survives({"one": record}, 4, 64),
+        "scores": plots.scores_in_training(record),
+        "deaths": plots.deaths_in_training(record),
+        "blocks": plots.block_sizes(task[task["method"] == "hybrid"], ["4 × 4", "8 × 8"]),
     }
     for name, (fig, rows) in drawn.items():
         assert len(rows) and fig.axes, name
@@ -301,10 +304,10 @@ def timed(ratio: float) -> pd.DataFrame:
 
 
 def test_speed_summary_and_the_main_figure():
-    summary = block_analysis.speed_summary(timed(0.8))
+    summary = frames.speed_summary(timed(0.8))
     assert summary["ours / published"].round(9).eq(0.8).all() and summary["rank correlation"].round(9).eq(1).all()
     assert (summary["shapes"] == len(distinct_shapes())).all()
-    fig, rows = block_figures.published_speed(timed(0.8))
+    fig, rows = plots.published_speed(timed(0.8))
     assert len(rows) == 2 * len(published_shapes()) and len(fig.axes) == 2
 
 
@@ -320,7 +323,7 @@ def made(**rows: Any) -> pd.DataFrame:
 
 
 def verdicts(frame: pd.DataFrame, speed: pd.DataFrame) -> dict[str, str]:
-    table = claims_block_movement.block_movement("world_sentiment", frame, speed)
+    table = claims_of.verdicts("world_sentiment", frame, speed)
     return dict(zip(table["claim"], table["verdict"], strict=True))
 
 
@@ -333,7 +336,7 @@ def test_verdicts_follow_the_numbers():
                movement=(80, 20, 99), hybrid_alone=(92, 18, 26))  # fmt: skip
     found = verdicts(bad, timed(0.5))
     assert list(found.values())[1:7] == ["does not hold here"] * 6
-    nothing = list(verdicts(block_analysis.block_frame([]), pd.DataFrame()).values())
+    nothing = list(verdicts(frames.block_frame([]), pd.DataFrame()).values())
     assert nothing[0] == "holds" and set(nothing[1:]) == {"not testable here"}
 
 

@@ -5,8 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lib import claims_fullyqt
-from lib.analysis_fullyqt import (
+from lib.analysis.fullyqt import (
     bucketing_frame,
     engine_quality_frame,
     everything,
@@ -17,6 +16,7 @@ from lib.analysis_fullyqt import (
     quantized_frame,
     translation_latency_frame,
 )
+from lib.claims import fullyqt as claims_of
 from lib.config import StudyError, load_profile
 from lib.plans import fullyqt as plan
 from lib.plans import make_plan
@@ -157,7 +157,7 @@ def test_published_shares():
 
 
 def words(profile, **changes: Any) -> dict[str, str]:
-    found = claims_fullyqt.verdicts(quantized_frame(records(profile, **changes)), DELAY)
+    found = claims_of.verdicts(quantized_frame(records(profile, **changes)), DELAY)
     assert found["evidence"].str.contains("second-hand").all()
     return dict(zip(found["claim"], found["verdict"], strict=True))
 
@@ -171,7 +171,7 @@ def test_verdicts_flip_with_the_numbers(profile):
 
 
 def test_verdicts_without_records_do_not_guess():
-    found = claims_fullyqt.verdicts(quantized_frame([]), DELAY)
+    found = claims_of.verdicts(quantized_frame([]), DELAY)
     assert (found.loc[found["check"] == "quality", "ours"] == "not run yet").all()
     assert (found.loc[found["check"] == "size", "verdict"] == "holds").all()
 
@@ -180,10 +180,10 @@ def test_size_of_the_published_shape_by_hand():
     tables, layers, hidden, units = 37_000, 6, 512, 2048
     weights = tables * hidden + layers * (3 * 4 * hidden**2 + 2 * 2 * hidden * units) + 5 * layers * hidden
     biases = layers * (3 * 4 * hidden + 2 * (units + hidden)) + 5 * layers * hidden
-    assert claims_fullyqt.transformer_base_bytes(None) == 4 * (weights + biases)
+    assert claims_of.transformer_base_bytes(None) == 4 * (weights + biases)
     rows = tables + layers * (3 * 4 * hidden + 2 * (units + hidden)) + 5 * layers
     places = 2 + layers * (3 * 5 + 3 * 4 + 2 * 2 + 5 * 4)
-    assert claims_fullyqt.transformer_base_bytes(4) == weights // 2 + 4 * biases + 8 * (rows + places)
+    assert claims_of.transformer_base_bytes(4) == weights // 2 + 4 * biases + 8 * (rows + places)
 
 
 def test_translation_is_timed_on_engines(profile):

@@ -14,8 +14,17 @@ from conftest import padded_batch
 from torch import nn
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
 
-from lib import analysis, benchmark, claims_kronecker, experiments, plans
+from lib import analysis, benchmark, experiments, plans
+from lib.analysis.kronecker import (
+    complete,
+    error_frame,
+    first_stage_frame,
+    kronecker_frame,
+    loss_curves,
+    published_retained,
+)
 from lib.claims import NOT_RUN
+from lib.claims import kronecker as claims_of
 from lib.compressors import CompressorSpec, make_compressor
 from lib.compressors.kronecker import Kronecker
 from lib.config import StudyError, load_profile
@@ -28,14 +37,6 @@ from lib.kronecker import (
     multiply_adds,
     nearest_kronecker,
     rearrange,
-)
-from lib.kronecker_analysis import (
-    complete,
-    error_frame,
-    first_stage_frame,
-    kronecker_frame,
-    loss_curves,
-    published_retained,
 )
 from lib.kronecker_models import (
     PUBLISHED,
@@ -708,7 +709,7 @@ def timed(kron8: float, kron21: float) -> pd.DataFrame:
 
 def test_verdicts_follow_the_numbers():
     rows = scores(kron8_full=99.5, kron8_no_text=90.0, kron8_no_teacher=99.9, kron21_full=95.0)
-    found = claims_kronecker.kronecker(rows, timed(0.8, 1.2)).set_index("claim")["verdict"]
+    found = claims_of.verdicts(rows, timed(0.8, 1.2)).set_index("claim")["verdict"]
     assert dict(zip(found.index.str.split(" ").str[:4].str.join(" "), found, strict=True)) == {
         "KroneckerBERT8 is 7.8 times": "does not hold here",
         "KroneckerBERT19 is 19.3 times": "holds",
@@ -722,13 +723,13 @@ def test_verdicts_follow_the_numbers():
         "The first stage is": "holds",
         "The teacher helps in": "does not hold here",
     }
-    other = claims_kronecker.kronecker(rows, timed(1.1, 0.9)).set_index("claim")["verdict"]
+    other = claims_of.verdicts(rows, timed(1.1, 0.9)).set_index("claim")["verdict"]
     assert other["KroneckerBERT8 is slower than BERT-base"] == "does not hold here"
     assert other["KroneckerBERT19 is faster than BERT-base on a CPU"] == "does not hold here"
 
 
 def test_without_runs_only_the_sizes_are_decided():
-    found = claims_kronecker.kronecker(scores(), pd.DataFrame())
+    found = claims_of.verdicts(scores(), pd.DataFrame())
     assert set(found[found["check"] != "size"]["ours"]) == {NOT_RUN}
     assert found[found["check"] == "size"]["verdict"].tolist() == ["does not hold here", "holds", "holds"]
 

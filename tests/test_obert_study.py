@@ -15,8 +15,10 @@ import torch
 import yaml
 from conftest import small_profile
 
-from lib import analysis_obert, benchmark, claims_obert, engines, experiments, fisher_speed, plans
-from lib.analysis_obert import crossover, kind_of, method_of, obert_frame, published_frame, speed_frame
+from lib import benchmark, engines, experiments, fisher_speed, plans
+from lib.analysis import obert as frames
+from lib.analysis.obert import crossover, kind_of, method_of, obert_frame, published_frame, speed_frame
+from lib.claims import obert as claims_of
 from lib.config import ROOT, StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.distillation import Distillation
@@ -155,7 +157,7 @@ def test_upstream_pruning_and_sparse_transfer_keep_the_same_zeros(study):
     assert [round(record["compression"].get("sparsity", 0), 3) for record in records] == [0, 0.8, 0.8]
     assert records[1]["compression"]["per_layer"] == records[2]["compression"]["per_layer"]
     assert records[0]["loss"] > 0 and records[1]["train_examples"] > 0
-    frame = analysis_obert.upstream_frame(records)
+    frame = frames.upstream_frame(records)
     assert frame["sparsity"].round(1).tolist() == [0, 80]
     assert obert_frame(records)["kind"].tolist() == ["transfer"]
     again = experiments.run_upstream(spec.start, study)  # the same spec gives the same model
@@ -181,7 +183,7 @@ def test_frames_say_what_every_run_is(finished):
     assert frame[frame["kind"] == "dense"]["retained"].tolist() == [100.0]
     assert set(frame[frame["kind"] == "gradual"]["budget"]) == {"long", "short"}
     assert set(frame["encoding"]) >= {"bitmask"}
-    layers = analysis_obert.layer_frame(records)
+    layers = frames.layer_frame(records)
     means = layers[layers["layers"] == 4].groupby(["method", "budget"])["sparsity"].count()
     assert (means == 24).all()
     speed = speed_frame(timed)
@@ -193,26 +195,26 @@ def test_frames_say_what_every_run_is(finished):
 
 def test_verdicts_are_complete_with_and_without_records(finished):
     _, records, timed = finished
-    full = claims_obert.verdicts(obert_frame(records), speed_frame(timed))
-    empty = claims_obert.verdicts(pd.DataFrame(), pd.DataFrame())
+    full = claims_of.verdicts(obert_frame(records), speed_frame(timed))
+    empty = claims_of.verdicts(pd.DataFrame(), pd.DataFrame())
     assert full["claim"].tolist() == empty["claim"].tolist() and full["claim"].is_unique
-    assert set(empty[empty["check"] != "size"]["ours"]) == {claims_obert.NOT_RUN}
+    assert set(empty[empty["check"] != "size"]["ours"]) == {claims_of.NOT_RUN}
     assert "too few seeds" in full[full["claim"] == "What oBERT keeps at 80 % sparsity"]["verdict"].item()
 
 
 def test_size_claim_is_exact_arithmetic():
     """BERT-base under a QA head instead of its pooler, all in fp32; then 80 % of 85 M weights gone for a bit each."""
-    dense = claims_obert.compound_bytes()
+    dense = claims_of.compound_bytes()
     assert dense == 4 * (published_parameters("bert-base-uncased") - (768 * 768 + 768) + 2 * 768 + 2)
     mask = 84_934_656 / 8
-    assert claims_obert.compound_bytes(12, 0.8) == pytest.approx(dense - 4 * 0.8 * 84_934_656 + mask)
-    assert 9 < dense / claims_obert.compound_bytes(12, 0.8, 4, int8=True) < 11
+    assert claims_of.compound_bytes(12, 0.8) == pytest.approx(dense - 4 * 0.8 * 84_934_656 + mask)
+    assert 9 < dense / claims_of.compound_bytes(12, 0.8, 4, int8=True) < 11
 
 
 def test_published_claims_are_the_abstracts():
-    printed = {name: compound.printed() for name, compound in claims_obert.COMPOUNDS.items()}
+    printed = {name: compound.printed() for name, compound in claims_of.COMPOUNDS.items()}
     assert printed == {"size": 10.18, "speed": 10.07, "both": 28.75}
-    lost = {name: 100 - compound.printed("retained") for name, compound in claims_obert.COMPOUNDS.items()}
+    lost = {name: 100 - compound.printed("retained") for name, compound in claims_of.COMPOUNDS.items()}
     assert lost["size"] < 1 and lost["speed"] < 2 and lost["both"] < 7.5
     assert published_frame().query("kind == 'dense' and place == 'Table 1'")["retained"].tolist() == [100.0]
 

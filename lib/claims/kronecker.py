@@ -2,16 +2,16 @@
 
 import pandas as pd
 
+from lib.analysis.kronecker import NAMES, complete, exact_sizes, published_retained
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
 from lib.data import TASKS
 from lib.figures import bootstrap_interval
-from lib.kronecker_analysis import NAMES, complete, exact_sizes, published_retained
 from lib.published import published
 
 NEARLY_ALL = 99.0  # percent of the dense score
 
 
-def kronecker(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
+def verdicts(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
     """Verdicts on the paper.
 
     Args:

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from lib.analysis_fullyqt import everything, published_retained
+from lib.analysis.fullyqt import everything, published_retained
 from lib.claims import NOT_RUN, seeds_of, verdict
 from lib.figures import bootstrap_interval
 from lib.published import published
@@ -18,7 +18,7 @@ def verdicts(frame: pd.DataFrame, scratch_delay: float) -> pd.DataFrame:
     """One row per claim.
 
     Args:
-        frame: ``analysis_fullyqt.quantized_frame``, the translation tasks' rows; may be empty.
+        frame: ``analysis.fullyqt.quantized_frame``, the translation tasks' rows; may be empty.
         scratch_delay: the delay that training with rounding from the start is judged by.
     """
     whole = everything(frame, scratch_delay)

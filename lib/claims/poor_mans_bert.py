@@ -1,48 +1,18 @@
-"""The papers' claims, each checked against records: one function per paper, one row per claim.
-
-A claim is split by what can be checked here: *size* (exact counts), *speed* (published shapes, this machine), *quality*
-(retained share on the profile's encoder and data), *original setting* (profile ``paper``). A row whose records do not
-exist yet says so instead of guessing.
-"""
-
-from collections.abc import Iterable
+"""Claims of Sajjad et al. 2020, checked against the records of notebook 05."""
 
 import numpy as np
 import pandas as pd
 
 from lib.analysis import published_retained
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
 from lib.data import TASKS
 from lib.figures import bootstrap_interval
 from lib.models import published_parameters
 from lib.published import published
 
-SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
-QUALITY_TOLERANCE = 2.0  # points of retained share
-ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
-NOT_RUN = "not run yet"
 
-
-def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool] | None, evidence: str,
-            seeds: int | None = None) -> dict[str, str]:  # fmt: skip
-    """One row of a table of verdicts.
-
-    Args:
-        check: "size", "speed", "quality" or "original setting".
-        holds: one answer, or one for each engine or task, of which some may hold and others not; None means that the
-            records at hand cannot tell.
-        seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
-    """
-    word = "not testable here"
-    if holds is not None:
-        cases = [holds] if isinstance(holds, bool) else list(holds)
-        word = "holds" if all(cases) else "holds in part" if any(cases) else "does not hold here"
-    if check == "quality" and holds is not None and seeds is not None and seeds < ENOUGH_SEEDS:
-        word = f"too few seeds to tell (n = {seeds})"
-    return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
-
-
-def poor_mans_bert(layers: int, curves: pd.DataFrame, orders: pd.DataFrame, training: pd.DataFrame,
-                   inference: pd.DataFrame) -> pd.DataFrame:  # fmt: skip
+def verdicts(layers: int, curves: pd.DataFrame, orders: pd.DataFrame, training: pd.DataFrame,
+             inference: pd.DataFrame) -> pd.DataFrame:  # fmt: skip
     """Verdicts on Sajjad et al. 2020.
 
     Args:
@@ -153,11 +123,6 @@ def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     evidence = f"retained share, paired over {len(pairs)} (K, task, seed), {_seeds(compared)}; 95 % bootstrap interval"
     holds = bool(gained <= QUALITY_TOLERANCE)
     return verdict(claim, "quality", printed, ours, holds, evidence, seeds_of(compared))
-
-
-def seeds_of(frame: pd.DataFrame) -> int:
-    """Seeds of the task that has most of them in ``frame`` (columns task, seed): what ``verdict`` asks for."""
-    return int(frame.groupby("task")["seed"].nunique().max()) if len(frame) else 0
 
 
 def _seeds(frame: pd.DataFrame) -> str:

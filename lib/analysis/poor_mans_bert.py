@@ -1,16 +1,13 @@
-"""From records to the frames that figures, tables and sentences are made of. Nothing here measures anything."""
+"""From the records of notebooks 01 and 05 to their frames: scores and retained shares, procedures, strategies."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
 from lib.config import StudyError
 from lib.data import TASKS
-from lib.figures import bootstrap_interval
-from lib.published import published
 from lib.runs import Record
-from lib.specs import ContributionSpec, LatencySpec, TrainingSpeedSpec, TrainSpec
+from lib.specs import ContributionSpec, TrainSpec
 
 PROCEDURES = {
     "dense": "dense",
@@ -100,56 +97,3 @@ def strategy_frame(quality: pd.DataFrame, sets: Mapping[str, Mapping[tuple[str, 
             part = rows[rows["drop"] == drop]
             parts.append(part.assign(strategy=strategy, variant=variant))
     return pd.concat(parts, ignore_index=True) if parts else chosen.assign(strategy="", variant="")
-
-
-def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """Mean, 95 % bootstrap interval and n of ``value`` for every group."""
-    rows = []
-    for key, group in frame.groupby(list(by), sort=False):
-        interval = bootstrap_interval(group[value])
-        names = key if isinstance(key, tuple) else (key,)
-        rows.append(dict(zip(by, names, strict=True)) | {value: interval.mean, "low": interval.low,
-                                                         "high": interval.high, "n": interval.n})  # fmt: skip
-    return pd.DataFrame(rows, columns=[*by, value, "low", "high", "n"])
-
-
-def latency_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per timed model and engine, with its conditions and the hardware it ran on."""
-    rows = [
-        row | {"cpu": record.hardware.get("cpu", "")} | record["models"][row["model"]]
-        | {"file_bytes": row["size_bytes"], "agreement": record["agreement"][row["name"]]["relative_diff"]}
-        for record in records
-        if isinstance(record.spec, LatencySpec)
-        for row in record["rows"]
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def training_speed_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per model of a training-speed run, with its conditions."""
-    rows = [
-        row | {"batch": record.spec.batch, "length": record.spec.length, "threads": record.spec.threads,
-               "precision": "bf16" if record.spec.bf16 else "fp32", "cpu": record.hardware.get("cpu", "")}
-        for record in records
-        if isinstance(record.spec, TrainingSpeedSpec)
-        for row in record["rows"]
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def published_retained(paper: str, layers: int, **filters: Any) -> pd.DataFrame:
-    """Published scores as a share (percent) of the same table's dense score, with the share of layers dropped.
-
-    Args:
-        layers: of the published model.
-        filters: of ``published``; must leave one dense row (K = 0) per task.
-
-    Returns:
-        Columns task, method, K, score, retained, dropped_share (0 to 1), evidence.
-    """
-    rows = published(paper, metric="score", **filters)
-    dense = rows[rows["K"] == 0].set_index("task")["value"]
-    frame = rows.rename(columns={"value": "score"})[["task", "method", "K", "score", "evidence"]].copy()
-    frame["retained"] = 100 * frame["score"] / frame["task"].map(dense)
-    frame["dropped_share"] = frame["K"] / layers
-    return frame

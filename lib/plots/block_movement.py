@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib import figures
-from lib.block_analysis import alive, history_frame, score_counts, survivors
+from lib.analysis.block_movement import alive, history_frame, score_counts, survivors
 from lib.published_shapes import HEADLINE
 from lib.runs import Record
 
@@ -21,8 +21,8 @@ def score_against_density(frame: pd.DataFrame, theirs: pd.DataFrame) -> tuple[Fi
     """Left the score of each way to prune against the density, right the retained share with the published ones.
 
     Args:
-        frame: ``block_analysis.block_frame`` of one task.
-        theirs: ``block_analysis.published_curves``.
+        frame: ``analysis.block_movement.block_frame`` of one task.
+        theirs: ``analysis.block_movement.published_curves``.
     """
     fig, (left, right) = figures.new_figure("page", 1, 2)
     dense = frame[frame["method"] == "dense"]["score"]
@@ -153,7 +153,7 @@ def published_speed(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """The paper's main figure again: published F1 against speed-up, theirs hollow, ours filled, one panel per engine.
 
     Args:
-        frame: ``block_analysis.shape_speed_frame`` at one batch size.
+        frame: ``analysis.block_movement.shape_speed_frame`` at one batch size.
     """
     engines = list(dict.fromkeys(frame["engine"]))
     across = min(4, len(engines))
@@ -185,9 +185,9 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
     """Retained share against measured speed of our models, one panel per engine, with the published points hollow.
 
     Args:
-        frame: ``block_analysis.block_frame``.
+        frame: ``analysis.block_movement.block_frame``.
         speed: ``analysis.latency_frame`` of ``plans.trained_speed``, whose models are named by the hash of a record.
-        theirs: ``block_analysis.published_curves``.
+        theirs: ``analysis.block_movement.published_curves``.
     """
     joined = speed.merge(frame[["hash", "method", "task", "title", "seed", "strength", "density", "retained"]],
                          left_on="model", right_on="hash")  # fmt: skip

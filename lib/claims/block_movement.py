@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from lib.block_analysis import headline_shape
+from lib.analysis.block_movement import headline_shape
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
 from lib.data import TASKS
 from lib.figures import bootstrap_interval
@@ -13,13 +13,13 @@ from lib.published import published
 NEAR = 8.0  # points of density within which two models count as equally small
 
 
-def block_movement(task: str, frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
+def verdicts(task: str, frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
     """Verdicts on the paper.
 
     Args:
         task: on which the headline is checked.
-        frame: ``block_analysis.block_frame``.
-        speed: ``block_analysis.shape_speed_frame``; may be empty.
+        frame: ``analysis.block_movement.block_frame``.
+        speed: ``analysis.block_movement.shape_speed_frame``; may be empty.
     """
     headline = frame[frame["task"] == task]
     return pd.DataFrame([

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.analysis_obert import published_frame
+from lib.analysis.obert import published_frame
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
 from lib.models import ARCHITECTURES, published_parameters
 from lib.published import published
@@ -55,8 +55,8 @@ def verdicts(quality: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
     """One row per claim.
 
     Args:
-        quality: ``analysis_obert.obert_frame``, the headline task's rows among others; may be empty.
-        speed: ``analysis_obert.speed_frame``; may be empty.
+        quality: ``analysis.obert.obert_frame``, the headline task's rows among others; may be empty.
+        speed: ``analysis.obert.speed_frame``; may be empty.
     """
     rows = [_size_by_arithmetic(), _compound_quality(quality, "size")]
     rows += [_speed(speed, "speed"), _compound_quality(quality, "speed")]

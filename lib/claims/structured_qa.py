@@ -5,15 +5,15 @@ from typing import Any
 
 import pandas as pd
 
+from lib.analysis.structured_qa import NONE, exact_sizes, published_points
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, verdict
 from lib.figures import bootstrap_interval
 from lib.published import published
-from lib.structured_analysis import NONE, exact_sizes, published_points
 
 POINT = {"heads": 0.474, "units": 0.348}  # the operating point of the headline: "ff2 + attn2" of Table 1
 
 
-def structured_qa(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
+def verdicts(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
     """Verdicts on the paper.
 
     Args:

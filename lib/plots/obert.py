@@ -1,4 +1,4 @@
-"""The figures of notebook 03, each from frames of ``lib.analysis_obert``; all return the figure and the drawn rows."""
+"""The figures of notebook 03, each from frames of ``lib.analysis.obert``; all return the figure and the drawn rows."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import figures
-from lib.analysis_obert import crossover, published_frame
+from lib.analysis.obert import crossover, published_frame
 from lib.config import StudyError
 
 BF16 = "openvino-bf16"  # the dense model on matrix units, which a sparse one has to beat

@@ -1,0 +1,39 @@
+"""The papers' claims, each checked against records: one module per paper, one row per claim.
+
+A claim is split by what can be checked here: *size* (exact counts), *speed* (published shapes, this machine), *quality*
+(retained share on the profile's encoder and data), *original setting* (profile ``paper``). A row whose records do not
+exist yet says so instead of guessing.
+"""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
+QUALITY_TOLERANCE = 2.0  # points of retained share
+ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
+NOT_RUN = "not run yet"
+
+
+def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool] | None, evidence: str,
+            seeds: int | None = None) -> dict[str, str]:  # fmt: skip
+    """One row of a table of verdicts.
+
+    Args:
+        check: "size", "speed", "quality" or "original setting".
+        holds: one answer, or one for each engine or task, of which some may hold and others not; None means that the
+            records at hand cannot tell.
+        seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
+    """
+    word = "not testable here"
+    if holds is not None:
+        cases = [holds] if isinstance(holds, bool) else list(holds)
+        word = "holds" if all(cases) else "holds in part" if any(cases) else "does not hold here"
+    if check == "quality" and holds is not None and seeds is not None and seeds < ENOUGH_SEEDS:
+        word = f"too few seeds to tell (n = {seeds})"
+    return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
+
+
+def seeds_of(frame: pd.DataFrame) -> int:
+    """Seeds of the task that has most of them in ``frame`` (columns task, seed): what ``verdict`` asks for."""
+    return int(frame.groupby("task")["seed"].nunique().max()) if len(frame) else 0
