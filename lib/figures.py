@@ -234,6 +234,8 @@ def band_plot(
 def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
     """The caption's sentence on means, bands and n, from the ``n`` column of ``band_plot``'s rows."""
     counts = sorted({int(n) for n in rows["n"]})
+    if not counts:
+        return "No run of ours is finished yet."
     if counts == [1]:
         return f"Single runs (n = 1 of {of}), so no interval."
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
