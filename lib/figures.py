@@ -162,7 +162,9 @@ def new_figure(size: str = "column", rows: int = 1, columns: int = 1, **options:
         raise StudyError(f"figure size '{size}' is unknown; allowed: {', '.join(SIZES)}")
     plt.rcParams.update(STYLE)
     width, height = SIZES[size]
-    return plt.subplots(rows, columns, figsize=(width, options.pop("height", height)), **options)
+    fig, axes = plt.subplots(rows, columns, figsize=(width, options.pop("height", height)), **options)
+    plt.close(fig)  # takes it from pyplot, which would show it at the end of a cell, finished or not
+    return fig, axes
 
 
 def style_of(method: str, published: bool = False) -> dict[str, Any]:
@@ -298,8 +300,9 @@ def label_lines(ax: Axes, gap: float = 7.5) -> None:
     lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
     if not lines:
         return
-    ax.figure.canvas.draw()  # data limits become final, so that heights can be compared in points
-    scale = 72 / ax.figure.dpi
+    figure: Any = ax.figure
+    figure.draw_without_rendering()  # data limits become final, so that heights can be compared in points
+    scale = 72 / figure.dpi
     ends = [np.column_stack([line.get_xdata(), line.get_ydata()]).astype(float) for line in lines]
     ends = [points[~np.isnan(points).any(axis=1)][-1] for points in ends]
     right = max(end[0] for end in ends)

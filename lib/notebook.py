@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 import torch
 from IPython.display import Image, Markdown, display
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import environment
@@ -64,7 +63,6 @@ def source(*objects: Callable[..., Any] | type) -> None:
 def figure(fig: Figure, name: str, rows: pd.DataFrame, caption: str, study: Profile) -> None:
     """Save a figure (PDF, SVG, PNG, CSV, caption) under ``results/<profile>/figures`` and show it with its caption."""
     paths = save_figure(fig, name, rows, caption, study.results / "figures")
-    plt.close(fig)
     display(Image(data=Path(paths["png"]).read_bytes(), width=round(fig.get_figwidth() * 130)))
     text(f"*{caption}*")
 

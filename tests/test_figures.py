@@ -149,7 +149,7 @@ def test_legend_and_line_labels_cover_no_data():
     for i, method in enumerate(["top", "bottom", "odd", "even"]):
         ax.plot([0, 1, 2], [90, 85, 80 - 0.01 * i], **figures.style_of(method))
     figures.outside_legend(fig)
-    fig.canvas.draw()
+    fig.draw_without_rendering()
     assert not fig.legends[0].get_window_extent().overlaps(ax.get_window_extent())
 
     figures.label_lines(ax)
