@@ -89,7 +89,8 @@ class OwnTask(Strict):
 class LatencySettings(Strict):
     """Conditions under which speed is measured: every engine, batch and length pair named here.
 
-    ``comparison_examples`` is how many features the comparison with a stock Trainer trains on in each round.
+    ``comparison_examples`` is how many features the comparison with a stock Trainer trains on in each round;
+    ``compare_training`` says whether notebook 01 makes it.
     """
 
     engines: tuple[str, ...] = Field(min_length=1)
@@ -98,6 +99,7 @@ class LatencySettings(Strict):
     lengths: tuple[PositiveInt, ...] = Field(min_length=1)
     rounds: PositiveInt
     comparison_examples: int = Field(ge=8)
+    compare_training: bool
     base_shape: Literal["tiny", "base", "large"]
 
 

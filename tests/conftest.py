@@ -136,7 +136,7 @@ def small_profile(results: Path) -> dict[str, Any]:
             "length_penalty": 1.0, "train_examples": 64, "eval_examples": 6, "seeds": 1,
         }},
         "latency": {"engines": ["pytorch-fp32"], "threads": 1, "batches": [1], "lengths": [16], "rounds": 1,
-                    "comparison_examples": 32,
+                    "comparison_examples": 32, "compare_training": True,
                     "base_shape": "tiny"},
         "layer_dropping": {"k": [2], "strategies": ["top"], "thresholds": [0.9], "grid_tasks": ["world_sentiment"],
                            "half_tasks": [], "speed_engines": ["pytorch-fp32"], "speed_k": [2],

@@ -130,14 +130,25 @@ def test_the_series_has_runs_of_every_sort_and_leaves_nothing_behind(undisturbed
     assert leftovers(results) == []
 
 
+def until_a_checkpoint(results: Path) -> float:
+    """Seconds until a run had written its first whole checkpoint."""
+    started = time.monotonic()
+    while not list(results.glob("checkpoints/*/*/trainer_state.json")):
+        assert time.monotonic() - started < 300, said(results)
+        time.sleep(0.01)
+    return time.monotonic() - started
+
+
 @pytest.fixture(scope="module")
 def killed(server, profile, undisturbed, tmp_path_factory) -> tuple[Path, list[str]]:
     """The series killed again and again, then left to finish; where each kill struck."""
     results, moments = tmp_path_factory.mktemp("killed") / "results", list[str]()
-    for _ in range(KILLS):
-        child = server.start(profile, results)
-        seconds = random.uniform(0, 3 * undisturbed[1] / KILLS)
-        time.sleep(seconds)
+    for number in range(KILLS):
+        child, seconds = server.start(profile, results), random.uniform(0, 3 * undisturbed[1] / KILLS)
+        if number == 0:  # this one in the middle of training, wherever chance puts the others
+            seconds = until_a_checkpoint(results)
+        else:
+            time.sleep(seconds)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         code = server.wait(child)
