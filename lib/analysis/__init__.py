@@ -6,12 +6,31 @@ Here is what several notebooks use; a paper's own frames are in the module of it
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from lib.config import StudyError
 from lib.figures import bootstrap_interval
 from lib.published import published
 from lib.runs import Record
-from lib.specs import LatencySpec, TrainingSpeedSpec
+from lib.specs import LatencySpec, TrainingSpeedSpec, TrainSpec
+
+
+def training_runs(records: Iterable[Record]) -> list[Record]:
+    """The records of training runs.
+
+    Raises:
+        StudyError: there is none.
+    """
+    found = [record for record in records if isinstance(record.spec, TrainSpec)]
+    if not found:
+        raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
+    return found
+
+
+def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:
+    """For every row of ``frame`` the entry of ``values``, indexed by (task, seed), that is its own; NaN without one."""
+    return values.reindex(pd.MultiIndex.from_frame(frame[["task", "seed"]])).to_numpy()
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.analysis import latency_frame
+from lib.analysis import latency_frame, of_same_seed
 from lib.compressors.block_movement import BlockMovement
 from lib.data import TASKS
 from lib.published import published
@@ -76,8 +76,7 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
         })  # fmt: skip
     frame = pd.DataFrame(rows, columns=COLUMNS)
     dense = frame[frame["method"] == "dense"].set_index(["task", "seed"])["score"]
-    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
-    frame["retained"] = 100 * frame["score"].to_numpy() / dense.where(dense > 0).reindex(keys).to_numpy()
+    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense.where(dense > 0))
     return frame
 
 

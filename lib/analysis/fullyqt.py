@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lib.analysis import of_same_seed
 from lib.data import TASKS
 from lib.plans.fullyqt import GUARDS
 from lib.published import published
@@ -51,12 +52,11 @@ def quantized_frame(records: Iterable[Record]) -> pd.DataFrame:
     columns = ["hash", "task", "title", "seed", "procedure", "bits", "bucketing", "part", "delay", "guards", "score",
                "greedy", "size_bytes", "train_s", "spread", "diverged", "diverged_progress"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
-    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
     for name, kind in (("retained", "dense"), ("controlled", "control")):
         base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"].replace(0.0, np.nan)
-        frame[name] = 100 * frame["score"].to_numpy() / base.reindex(keys).to_numpy()
+        frame[name] = 100 * frame["score"].to_numpy() / of_same_seed(frame, base)
     dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["size_bytes"]
-    frame["smaller"] = dense.reindex(keys).to_numpy() / frame["size_bytes"].to_numpy()
+    frame["smaller"] = of_same_seed(frame, dense) / frame["size_bytes"].to_numpy()
     return frame
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from lib.config import Profile, StudyError
+from lib.analysis import of_same_seed, training_runs
+from lib.config import Profile
 from lib.data import TASKS
 from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
 from lib.models import ARCHITECTURES
@@ -58,10 +59,8 @@ def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame
         StudyError: no run is finished.
     """
     names, rows = configuration_names(profile), []
-    for record in records:
-        spec = record.spec
-        if not isinstance(spec, TrainSpec):
-            continue
+    for record in training_runs(records):
+        spec: Any = record.spec
         rows.append({
             "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
             "configuration": _configuration(spec, names), "variant": variant_of(spec) if spec.compressor else DENSE,
@@ -69,12 +68,9 @@ def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame
             "parameters": record["model"]["parameters"], "size_bytes": record["model"]["size_bytes"],
             "train_s": record.result.get("training", {}).get("seconds", 0.0),
         })  # fmt: skip
-    if not rows:
-        raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
     frame = pd.DataFrame(rows)
     dense = frame[frame["configuration"] == DENSE].set_index(["task", "seed"])["score"]
-    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
-    frame["retained"] = 100 * frame["score"].to_numpy() / dense.reindex(keys).to_numpy()
+    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
     return frame
 
 

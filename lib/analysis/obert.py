@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lib.analysis import of_same_seed, training_runs
 from lib.compressors.obert import TEN_EPOCHS
 from lib.config import StudyError
 from lib.data import TASKS
@@ -77,10 +78,8 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
         StudyError: no run is finished.
     """
     rows = []
-    for record in records:
-        spec = record.spec
-        if not isinstance(spec, TrainSpec):
-            continue
+    for record in training_runs(records):
+        spec: Any = record.spec
         compression, training = record["compression"], record.result.get("training", {})
         settings, storage = _pruning(spec), compression.get("storage", {})
         small = {name: storage[name] for name in ("bitmask", "csr", "dense") if name in storage}
@@ -95,15 +94,12 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
             "dense_bytes": record["model"]["size_bytes"] if spec.compressor is None else np.nan,
             "encoding": best, "bytes": small.get(best, np.nan), "gzip_bytes": storage.get("gzip", np.nan),
         })  # fmt: skip
-    if not rows:
-        raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
     frame = pd.DataFrame(rows)
     dense = frame[frame["kind"] == "dense"].groupby(["task", "seed"])[["score", "dense_bytes"]].first()
-    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
-    frame["retained"] = 100 * frame["score"].to_numpy() / dense["score"].reindex(keys).to_numpy()
-    frame["smaller"] = dense["dense_bytes"].reindex(keys).to_numpy() / frame["bytes"].to_numpy()
+    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense["score"])
+    frame["smaller"] = of_same_seed(frame, dense["dense_bytes"]) / frame["bytes"].to_numpy()
     control = frame[(frame["kind"] == "control")].groupby(["task", "seed"])["gzip_bytes"].first()
-    frame["smaller_gzip"] = control.reindex(keys).to_numpy() / frame["gzip_bytes"].to_numpy()
+    frame["smaller_gzip"] = of_same_seed(frame, control) / frame["gzip_bytes"].to_numpy()
     return frame
 
 

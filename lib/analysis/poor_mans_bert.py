@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
+from lib.analysis import of_same_seed
 from lib.config import StudyError
 from lib.data import TASKS
 from lib.runs import Record
@@ -53,8 +54,7 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
         raise _nothing_yet("training run")
     frame = pd.DataFrame(rows)
     dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["score"]
-    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
-    frame["retained"] = 100 * frame["score"].to_numpy() / dense.reindex(keys).to_numpy()
+    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
     frame["k"] = frame["drop"].map(len)
     return frame
 

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from transformers import AutoModel
 
-from lib.config import StudyError
+from lib.analysis import of_same_seed, training_runs
 from lib.data import TASKS
 from lib.models import ARCHITECTURES
 from lib.published import published
@@ -52,10 +52,8 @@ def structured_frame(records: Iterable[Record]) -> pd.DataFrame:
         StudyError: no run is finished.
     """
     rows = []
-    for record in records:
-        spec = record.spec
-        if not isinstance(spec, TrainSpec):
-            continue
+    for record in training_runs(records):
+        spec: Any = record.spec
         density = record["compression"].get("density", {})
         rows.append({
             "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
@@ -65,13 +63,10 @@ def structured_frame(records: Iterable[Record]) -> pd.DataFrame:
             "size_bytes": record["model"]["size_bytes"],
             "train_s": record.result.get("training", {}).get("seconds", 0.0),
         })  # fmt: skip
-    if not rows:
-        raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
     frame = pd.DataFrame(rows)
     dense = frame[(frame["selection"] == "dense") & (frame["recovery"] == NONE)].set_index(["task", "seed"])
-    keys = pd.MultiIndex.from_frame(frame[["task", "seed"]])
-    frame["retained"] = 100 * frame["score"].to_numpy() / dense["score"].reindex(keys).to_numpy()
-    full = dense["layer_parameters"].reindex(keys).to_numpy()
+    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense["score"])
+    full = of_same_seed(frame, dense["layer_parameters"])
     frame["layers kept"] = frame["layer_parameters"].to_numpy() / full
     return frame
 

@@ -37,3 +37,10 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
 def seeds_of(frame: pd.DataFrame) -> int:
     """Seeds of the task that has most of them in ``frame`` (columns task, seed): what ``verdict`` asks for."""
     return int(frame.groupby("task")["seed"].nunique().max()) if len(frame) else 0
+
+
+def retains(claim: str, printed: float, rows: pd.DataFrame, evidence: str) -> dict[str, str]:
+    """Verdict on a claim of quality: the mean ``retained`` share of ``rows`` against the published one, in percent."""
+    mean = rows["retained"].mean()
+    holds = bool(mean >= printed - QUALITY_TOLERANCE)
+    return verdict(claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", holds, evidence, seeds_of(rows))

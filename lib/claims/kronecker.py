@@ -3,7 +3,7 @@
 import pandas as pd
 
 from lib.analysis.kronecker import NAMES, complete, exact_sizes, published_retained
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
+from lib.claims import NOT_RUN, SPEED_TOLERANCE, retains, seeds_of, verdict
 from lib.data import TASKS
 from lib.figures import bootstrap_interval
 from lib.published import published
@@ -122,10 +122,8 @@ def _squad(full: pd.DataFrame, name: str) -> dict[str, str]:
     rows = full[(full["configuration"] == name) & full["task"].isin(["squad_v1", "world_qa"])]
     if rows.empty:
         return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
-    mean = rows["retained"].mean()
     evidence = f"{rows['title'].iloc[0]}, retained share of the same seed's dense model"
-    holds = bool(mean >= printed - QUALITY_TOLERANCE)
-    return verdict(claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", holds, evidence, seeds_of(rows))
+    return retains(claim, printed, rows, evidence)
 
 
 def _ablation(frame: pd.DataFrame, variant: str, claim: str, text: str, teacher: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.obert import published_frame
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, retains, seeds_of, verdict
 from lib.models import ARCHITECTURES, published_parameters
 from lib.published import published
 
@@ -93,11 +93,8 @@ def _compound_quality(quality: pd.DataFrame, which: str) -> dict[str, str]:
             & (quality["method"] == ("obert-block4" if chosen.bits == 8 else "obert"))
         ].dropna(subset=["retained"])  # fmt: skip
         if len(ours):
-            mean = ours["retained"].mean()
             kept = f"{ours['layers'].iloc[0]} of {total} layers, {ours['title'].iloc[0]}"
-            evidence = kept + ("; INT8 simulated" if chosen.bits == 8 else "")
-            holds = bool(mean >= printed - QUALITY_TOLERANCE)
-            return verdict(claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", holds, evidence, seeds_of(ours))
+            return retains(claim, printed, ours, kept + ("; INT8 simulated" if chosen.bits == 8 else ""))
     return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
 
 
@@ -170,10 +167,8 @@ def _sparse_retains(quality: pd.DataFrame, target: float) -> dict[str, str]:
     ours = _gradual(quality, "obert", target)
     if ours.empty:
         return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
-    mean = ours["retained"].mean()
     evidence = f"{ours['title'].iloc[0]}, {ours['layers'].iloc[0]} layers; the paper trains longer, on more of them"
-    holds = bool(mean >= printed - QUALITY_TOLERANCE)
-    return verdict(claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", holds, evidence, seeds_of(ours))
+    return retains(claim, printed, ours, evidence)
 
 
 def _gradual_beats_one_shot(quality: pd.DataFrame) -> dict[str, str]:

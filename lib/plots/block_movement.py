@@ -1,6 +1,7 @@
 """The figures of notebook 04; each function returns the figure and the plotted rows, none when nothing is measured."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -172,11 +173,7 @@ def published_speed(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                         arrowprops={"arrowstyle": "->", "color": figures.VERMILION, "linewidth": 0.9})  # fmt: skip
         ax.axvline(1, color=figures.GREY, linewidth=0.6)
         ax.set(title=figures.METHODS[engine][2])
-    for ax in axes.flat[len(engines) :]:
-        ax.set_visible(False)
-    fig.supxlabel("times faster than dense BERT-base", fontsize=8)
-    fig.supylabel("published F1 (%)", fontsize=8)
-    figures.outside_legend(fig)
+    _finish_panels(fig, axes, len(engines), "times faster than dense BERT-base", "published F1 (%)")
     return fig, frame
 
 
@@ -207,11 +204,16 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
                 ax.plot(printed["speedup"], printed["retained"], **style)
         figures.retained_line(ax, 100)
         ax.set(title=figures.METHODS[engine][2])
-    for ax in axes.flat[len(engines) :]:
-        ax.set_visible(False)
-    fig.supxlabel("times faster than dense", fontsize=8)
-    fig.supylabel("retained share (%)", fontsize=8)
-    figures.outside_legend(fig)
+    _finish_panels(fig, axes, len(engines), "times faster than dense", "retained share (%)")
     columns = ["engine", "batch", "length", "method", "title", "seed", "strength", "density", "retained",
                "ratio_to_dense", "ratio_q1", "ratio_q3", "median_ms"]  # fmt: skip
     return fig, joined[columns]
+
+
+def _finish_panels(fig: Figure, axes: Any, used: int, x: str, y: str) -> None:
+    """Hide the panels beyond the ``used`` ones, and name both axes of all."""
+    for ax in axes.flat[used:]:
+        ax.set_visible(False)
+    fig.supxlabel(x, fontsize=8)
+    fig.supylabel(y, fontsize=8)
+    figures.outside_legend(fig)
