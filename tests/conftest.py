@@ -2,6 +2,9 @@
 
 import copy
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from transformers import (
     XLNetConfig,
 )
 
+from lib.config import ROOT
+from lib.environment import fast_cpu_environment
 from lib.gates import gate_shapes
 from lib.models import load_model, load_tokenizer
 
@@ -43,6 +48,27 @@ SMALL = {
     ),
     "xlnet": XLNetConfig(vocab_size=60, d_model=32, n_layer=4, n_head=4, d_inner=48, initializer_range=0.3),
 }  # fmt: skip
+
+
+# Started with the allocator's variables, so that a command need not start itself again.
+ENVIRONMENT = os.environ | fast_cpu_environment() | {"OMP_NUM_THREADS": "1"}
+
+
+def start_module(module: str, *arguments: Any, progress: Path, **environ: str) -> subprocess.Popen[str]:
+    """The command line of ``module``; progress lines go to a file, so that stderr holds errors alone."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT, env=ENVIRONMENT | {"STUDY_PROGRESS": str(progress)} | environ, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
+
+
+def run_module(module: str, *arguments: Any, progress: Path, **environ: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line of ``module``."""
+    process = start_module(module, *arguments, progress=progress, **environ)
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
 
 
 @pytest.fixture(autouse=True)

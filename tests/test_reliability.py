@@ -1,12 +1,10 @@
-"""A real series of runs, killed, interrupted and repeated; and bad input through the real command lines."""
+"""A real series of runs, killed, interrupted and repeated."""
 
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,24 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import small_profile
-
-from lib import environment, runs
-from lib.config import ROOT
-
-# Started with the allocator's variables, so that the command need not start itself again.
-ENVIRONMENT = os.environ | environment.fast_cpu_environment() | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-ENVIRONMENT.pop("STUDY_DATA", None)
-
-
-def start(module: str, *arguments: Any, progress: Path, **environ: str) -> subprocess.Popen[str]:
-    """The command line of ``module``; progress lines go to a file, so that stderr holds errors alone."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT, env=ENVIRONMENT | {"STUDY_PROGRESS": str(progress)} | environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
+from conftest import small_profile, start_module
 
 
 @dataclass
@@ -83,7 +64,7 @@ def series(tmp_path_factory) -> Series:
     found = Series()
 
     def command(results: Path) -> subprocess.Popen[str]:
-        return start(
+        return start_module(
             "lib.runs", "dense", "--profile", path, "--results", results, progress=folder / "progress"
         )  # fmt: skip
 
@@ -138,150 +119,3 @@ def test_the_stopped_run_went_on_from_its_last_checkpoint(series):
 
 def test_nothing_half_written_is_left(series):
     assert series.leftovers == []
-
-
-# Bad input. What does not depend on the process is tried in this one, through the same ``main``.
-
-CONTEXT = "The mill of Torbek burnt down in 1871."
-GOOD = {"title": "Torbek", "paragraphs": [{"context": CONTEXT, "qas": [
-    {"id": "a", "question": "When did it burn?", "answers": [{"text": "1871", "answer_start": CONTEXT.index("1871")}]}
-]}]}  # fmt: skip
-OUTSIDE = json.loads(json.dumps(GOOD).replace(str(CONTEXT.index("1871")), "900"))
-RTE = "index\tsentence1\tsentence2\tlabel\n0\tIt rains.\tIt is wet.\tentailment\n"
-
-
-def no_folder(folder: Path) -> None:
-    """The data directory itself is missing."""
-
-
-def empty_folder(folder: Path) -> None:
-    folder.mkdir()
-
-
-def squad(folder: Path, text: str) -> None:
-    (folder / "squad_v1").mkdir(parents=True)
-    for split in ("train", "validation"):
-        (folder / "squad_v1" / f"{split}.json").write_text(text, encoding="utf-8")
-
-
-def rte(folder: Path, text: str) -> None:
-    (folder / "glue" / "RTE").mkdir(parents=True)
-    for split in ("train", "dev"):
-        (folder / "glue" / "RTE" / f"{split}.tsv").write_text(text, encoding="utf-8")
-
-
-DATA = {
-    "missing folder": (no_folder, "squad_v1", ("data directory", "does not exist", "STUDY_DATA")),
-    "empty folder": (empty_folder, "squad_v1", ("data directory", "is empty", "squad_v1, glue")),
-    "missing file": (lambda folder: rte(folder, RTE), "squad_v1", ("squad_v1 does not exist", "train.json")),
-    "truncated JSON": (
-        lambda folder: squad(folder, json.dumps({"data": [GOOD]})[:-20]), "squad_v1",
-        ("train.json line 1: not valid JSON", "fetch it again"),
-    ),
-    "answer outside its context": (
-        lambda folder: squad(folder, json.dumps({"data": [OUTSIDE]})), "squad_v1",
-        ("train.json: question 'a'", "answer_start 900", "expected the answer '1871'"),
-    ),
-    "TSV row too short": (
-        lambda folder: rte(folder, RTE + "1\tIt snows.\n"), "rte",
-        ("train.tsv line 3: found 2 columns, expected 4",),
-    ),
-    "unknown label": (lambda folder: rte(folder, RTE + "1\tA.\tB.\tmaybe\n"), "rte", ("line 3: found label 'maybe'",)),
-}  # fmt: skip
-
-
-@pytest.fixture
-def local_profile(profile_file):
-    """A profile that trains ``task`` on data from a local folder."""
-
-    def write(task: str) -> Path:
-        return profile_file(data="local", tasks={task: {
-            "epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "max_length": 32,
-        }})  # fmt: skip
-
-    return write
-
-
-def check(code: int, err: str, said: tuple[str, ...]) -> None:
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    assert not [part for part in said if part not in err], err
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_bad_data_is_one_line(case, local_profile, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("STUDY_PROGRESS", str(tmp_path / "progress"))
-    prepare, task, said = DATA[case]
-    prepare(tmp_path / "data")
-    code = runs.main(["dense", "--profile", str(local_profile(task)), "--data-dir", str(tmp_path / "data")])
-    check(code, capsys.readouterr().err, said)
-    assert not (tmp_path / "results" / "runs").exists()
-
-
-def test_bad_data_from_the_environment_through_the_real_command(local_profile, tmp_path):
-    squad(tmp_path / "data", json.dumps({"data": [OUTSIDE]}))
-    process = start(
-        "lib.runs", "dense", "--profile", local_profile("squad_v1"), progress=tmp_path / "progress",
-        STUDY_DATA=str(tmp_path / "data"),
-    )  # fmt: skip
-    _, err = process.communicate(timeout=300)
-    check(process.returncode, err, ("answer_start 900",))
-
-
-def test_an_unreachable_hub_says_how_to_work_offline(profile_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("STUDY_PROGRESS", str(tmp_path / "progress"))
-    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "max_length": 32}
-    path = profile_file(data="hub", tasks={"rte": settings})
-    check(runs.main(["dense", "--profile", str(path)]), capsys.readouterr().err, ("cannot be loaded", "STUDY_DATA"))
-    path = profile_file(encoder="nobody/no-such-model")
-    code = runs.main(["dense", "--profile", str(path)])
-    check(code, capsys.readouterr().err, ("'nobody/no-such-model' could not be loaded", "offline, use encoder=minilm"))
-
-
-def test_a_corrupt_record_is_one_line_and_stays(profile_file, tmp_path, capsys):
-    path = profile_file()
-    assert runs.main(["dense", "--profile", str(path)]) == 0
-    (record,) = (tmp_path / "results" / "runs").iterdir()
-    os.truncate(record, 200)
-    capsys.readouterr()
-    check(runs.main(["dense", "--profile", str(path)]), capsys.readouterr().err, ("corrupt record", record.name))
-    assert record.stat().st_size == 200
-
-
-def test_a_model_folder_without_weights_is_one_line(profile_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("STUDY_PROGRESS", str(tmp_path / "progress"))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
-    path = profile_file(encoder=str(tmp_path / "model"))
-    check(runs.main(["dense", "--profile", str(path)]), capsys.readouterr().err, ("has no model.safetensors",))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["quik"], ("unknown profile 'quik'; allowed: smoke, quick, study, paper",)),
-        (["smoke", "-p", "buget_minutes", "3"], ("unknown parameter 'buget_minutes'", "budget_minutes")),
-        (["smoke", "-p", "seeds", "two"], ("parameter 'seeds': found 'two', expected int",)),
-        (["smoke", "--only", "99"], ("no notebook '99'",)),
-    ],
-)
-def test_bad_arguments_of_the_notebooks_are_one_line(arguments, said, tmp_path):
-    process = start("lib.execute", *arguments, "-p", "results", tmp_path / "results", progress=tmp_path / "progress")
-    out, err = process.communicate(timeout=300)
-    check(process.returncode, err, said)
-    assert out == "" and not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize(
-    ("parameters", "said"),
-    [
-        (["-p", "k", "[4]"], ("K=4 is impossible, tiny-bert has 4 layers",)),
-        (["-p", "seeds", "-1"], ("seeds: found -1, expected how many seeds (1 or more)",)),
-    ],
-)
-def test_impossible_values_come_out_of_a_notebook_as_one_line(parameters, said, tmp_path):
-    process = start(
-        "lib.execute", "smoke", "--only", "05", *parameters, "-p", "tasks", "[world_sentiment]", "-p", "results",
-        tmp_path / "results", progress=tmp_path / "progress",
-    )  # fmt: skip
-    _, err = process.communicate(timeout=300)
-    check(process.returncode, err, said)
