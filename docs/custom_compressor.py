@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from lib.compressors import Compressor
-from lib.config import Strict
 from lib.models import layers
+from lib.settings import Strict
 from lib.surgery import drop_layers
 
 

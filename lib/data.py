@@ -21,8 +21,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
 
 from lib import corpus, own_data
-from lib.config import OwnTask, StudyError
+from lib.config import StudyError
 from lib.local_data import Glue, Rows, read_glue, read_parallel, read_squad
+from lib.settings import OwnTask
 
 Kind = Literal["qa", "classification", "regression", "translation"]
 

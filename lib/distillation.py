@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from lib.config import Strict, StudyError
+from lib.config import StudyError
+from lib.settings import Strict
 
 SCORES = "study_scores"
 

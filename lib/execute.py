@@ -25,11 +25,12 @@ import psutil
 import yaml
 
 from lib import kernel
-from lib.config import ROOT, Profile, StudyError, load_profile
+from lib.config import ROOT, StudyError, load_profile
 from lib.files import cannot_write, write_atomically
 from lib.gallery import write_gallery
 from lib.own_data import is_path
 from lib.progress import duration
+from lib.settings import Profile
 
 NOTEBOOKS = ROOT / "notebooks"
 PATH_PARAMETERS = ("results", "data_dir")  # relative to where the command was given, not to the notebook

@@ -19,7 +19,7 @@ from lib.batches import TrainingData
 from lib.block_sparse import zero_blocks
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.layer_dropping import layer_contributions
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import evaluate_model
@@ -29,6 +29,7 @@ from lib.kronecker_models import factorise
 from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
 from lib.progress import say
 from lib.runs import hold_lock, obtain
+from lib.settings import Profile
 from lib.sparse_layers import zero_at_random
 from lib.specs import (
     ContributionSpec,

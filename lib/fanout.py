@@ -28,12 +28,13 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from lib import plans
-from lib.config import ROOT, Profile, StudyError, load_profile
+from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
 from lib.own_data import is_path
 from lib.plans import MEASURED_FIRST, PLANS, common, make_plan
 from lib.progress import say
 from lib.runs import record_path
+from lib.settings import Profile
 from lib.specs import Spec
 
 # Kinds of runs that measure time, in rounds, and that another run beside them would disturb.

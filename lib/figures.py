@@ -167,6 +167,23 @@ def new_figure(size: str = "column", rows: int = 1, columns: int = 1, **options:
     return fig, axes
 
 
+def panels(
+    count: int, across: int = 3, row: float = 1.75, margin: float = 0.5, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A page-wide grid of ``count`` panels (at least one), ``across`` abreast, and their axes in reading order.
+
+    ``row`` is the height of a row of panels, ``margin`` what the figure has besides, in inches; ``options`` as for
+    ``new_figure``. Places of the grid that no panel takes stay blank.
+    """
+    count = max(count, 1)
+    columns = min(across, count)
+    rows = -(-count // columns)
+    fig, axes = new_figure("page", rows, columns, height=margin + row * rows, squeeze=False, **options)
+    for blank in axes.flat[count:]:
+        blank.set_visible(False)
+    return fig, list(axes.flat[:count])
+
+
 def style_of(method: str, published: bool = False) -> dict[str, Any]:
     """Keyword arguments for ``Axes.plot``: the method's colour, marker and label; published is hollow and dashed."""
     if method not in METHODS:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.data import TASKS
 from lib.experiments import weights_folder
 from lib.figures import bootstrap_interval
 from lib.files import write_atomically
 from lib.plans.frontier import recipes
 from lib.runs import Record, read_record
+from lib.settings import Profile
 from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
 
 # compressor: (name of the family, its style in lib.figures.METHODS)

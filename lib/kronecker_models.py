@@ -14,9 +14,10 @@ from pydantic import PositiveInt
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-from lib.config import Strict, StudyError
+from lib.config import StudyError
 from lib.kronecker import KroneckerEmbedding, KroneckerLinear, Shape, second_shape
 from lib.models import ARCHITECTURES, base_model, count_parameters, layer_parts, layers
+from lib.settings import Strict
 
 Initialisation = Literal["nearest", "random"]
 Kind = Literal["attention", "ffn", "embedding"]

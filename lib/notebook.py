@@ -11,9 +11,10 @@ from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from lib import environment
-from lib.config import Profile, load_profile
+from lib.config import load_profile
 from lib.figures import save_figure
 from lib.runs import Record
+from lib.settings import Profile
 from lib.tables import Formats, save_table, show
 from lib.training import device, use_bf16
 

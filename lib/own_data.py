@@ -12,8 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lib.config import OwnTask, StudyError
+from lib.config import StudyError
 from lib.local_data import Glue, Rows, header_of, read_glue, read_squad
+from lib.settings import OwnTask
 
 HELD_OUT = 10  # one context or row of so many
 MOST_LABELS = 100

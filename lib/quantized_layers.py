@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from lib.config import Strict, StudyError
+from lib.config import StudyError
 from lib.models import layer_parts, layers
 from lib.quantizers import RunningRange, Switch, check_bits, fake_quantize, step_size, weight_range
+from lib.settings import Strict
 from lib.translation import Attention, FeedForward, MaskedSoftmax, TokenEmbedding, TranslationModel
 
 Part = Literal["weights", "embeddings", "attention", "softmax", "ffn", "layer_norm"]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,9 +27,10 @@ if __name__ == "__main__":
     environment.reexec_with_fast_allocator()  # here, because the imports below take seconds
 
 from lib import distributed
-from lib.config import Profile, Strict, StudyError, load_profile
+from lib.config import StudyError, load_profile
 from lib.files import cannot_write, refused_write, write_atomically
 from lib.progress import duration, say
+from lib.settings import Profile, Strict
 from lib.specs import Spec, label, parse_spec, spec_hash
 
 
@@ -231,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", default=None, help="comma-separated: only these tasks of the profile")
     parser.add_argument("--results", default=None, help="results folder (default: results/PROFILE)")
     parser.add_argument("--budget-minutes", type=float, default=None, help="start no further run after this time")
+    parser.add_argument("--only", default=None, help="only runs whose record's name matches; * stands for anything")
     parser.add_argument("--list", action="store_true", help="print each run and whether it is cached, compute nothing")
     try:
         options = parser.parse_args(arguments)
@@ -240,6 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan: list[Spec] = []
         for what in options.what:
             plan += make_plan(what, profile, budget) if what in PLANS else [_read_spec(Path(what), list(PLANS))]
+        if options.only:
+            chosen = [spec for spec in plan if fnmatch(record_path(profile, spec).name, options.only)]
+            if not chosen:
+                raise StudyError(f"--only '{options.only}' matches none of {len(plan)} runs; --list prints their names")
+            plan = chosen
         if options.list:
             for spec in {spec_hash(spec): spec for spec in plan}.values():
                 print("cached " if record_path(profile, spec).exists() else "missing", record_path(profile, spec).name)

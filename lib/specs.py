@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lib.compressors import CompressorSpec
-from lib.config import Profile, Strict, StudyError
+from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.kronecker_models import KroneckerShapes
+from lib.settings import Profile, Strict
 from lib.training import TrainingSettings
 from lib.translation import TranslationShape
 

@@ -16,13 +16,14 @@ from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedModel
 from lib import benchmark
 from lib.compressors import make_compressor
 from lib.compressors.kronecker import Kronecker
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.data import get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import EVAL_BATCH
 from lib.files import whole_folder
 from lib.kronecker_models import apply_factor_shapes, factor_shapes
 from lib.models import base_model, count_parameters, load_model, load_tokenizer
+from lib.settings import Profile
 from lib.specs import FactorisationSpec, TextDistillationSpec, label, spec_hash
 from lib.surgery import save_compressed
 from lib.training import device, encode, fine_tune, use_bf16

@@ -36,13 +36,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lib import distributed, qa
 from lib.compressors.base import Compressor, Diverged
-from lib.config import Strict, StudyError
+from lib.config import StudyError
 from lib.data import Task
 from lib.distillation import Distiller
 from lib.dropout import use_byte_dropout
 from lib.environment import native_bf16
 from lib.models import base_model
 from lib.progress import Progress
+from lib.settings import Strict
 from lib.surgery import forget_parameters
 
 STATE_FILE = "trainer_state.json"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from lib.config import Strict, StudyError
+from lib.config import StudyError
+from lib.settings import Strict
 
 PAD, START, END = "<pad>", "<s>", "</s>"
 PAD_ID, START_ID, END_ID = 0, 1, 2

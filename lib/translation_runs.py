@@ -16,7 +16,7 @@ from lib import benchmark, distributed, metrics
 from lib.batches import TrainingData
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.base import Diverged
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.data import get_task, load_task
 from lib.files import whole_folder
 from lib.models import count_parameters
@@ -25,6 +25,7 @@ from lib.quantized_storage import DESCRIPTION as GRIDS
 from lib.quantized_storage import load_quantized, save_quantized
 from lib.runs import hold_lock
 from lib.search import translate
+from lib.settings import Profile
 from lib.specs import TranslationSpec, label, spec_hash
 from lib.training import device, fine_tune, use_bf16
 from lib.translation import (

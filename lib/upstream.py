@@ -19,13 +19,14 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from lib.batches import TrainingData
 from lib.compressors import Compressor, make_compressor
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, logit_loss
 from lib.evaluation import EVAL_BATCH
 from lib.files import whole_folder
 from lib.models import encoder_source, load_config, load_tokenizer
 from lib.runs import hold_lock
+from lib.settings import Profile
 from lib.specs import UpstreamSpec, label, spec_hash
 from lib.training import TrainingSettings, device, fine_tune, use_bf16
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import padded_batch
 
+from lib.block_scores import shape_summary
 from lib.blocks import (
     StraightThrough,
     attention_parts,
@@ -21,7 +22,6 @@ from lib.blocks import (
     times_blocks,
 )
 from lib.compressors import BlockMovement, CompressorSpec, Refill, make_compressor
-from lib.compressors.block_movement import shape_summary
 from lib.config import StudyError
 from lib.data import TASKS, load_task
 from lib.models import load_model

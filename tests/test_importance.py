@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from lib import experiments, importance
-from lib.config import Profile, StudyError, load_profile
+from lib.config import StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.evaluation import evaluate_model
 from lib.gates import Gates
@@ -19,6 +19,7 @@ from lib.models import layer_parts, layers, load_model
 from lib.plans.structured_qa import importance as importance_spec
 from lib.plans.structured_qa import pruned
 from lib.runs import ensure
+from lib.settings import Profile
 from lib.surgery import cut
 from lib.training import TrainingSettings, encode
 

@@ -9,9 +9,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lib import notebook
-from lib.config import Profile, StudyError, load_profile
+from lib.config import StudyError, load_profile
 from lib.figures import new_figure
 from lib.runs import Record
+from lib.settings import Profile
 from lib.specs import ContributionSpec, spec_hash
 from lib.training import device
 

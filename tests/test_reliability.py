@@ -98,7 +98,7 @@ def test_finished_records_are_kept_as_they_are(series):
 
 
 def without_timings(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in record.items() if key not in ("created", "seconds")}
+    kept = {key: value for key, value in record.items() if key not in ("created", "seconds", "commit")}
     training = {key: value for key, value in record["result"]["training"].items() if key not in ("seconds", "resumed")}
     return kept | {"result": record["result"] | {"training": training}}
 

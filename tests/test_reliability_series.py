@@ -104,11 +104,11 @@ def undisturbed(server, profile, tmp_path_factory) -> tuple[Path, float]:
 
 
 def outcome(results: Path) -> dict[str, Any]:
-    """Records without what time and interruptions change, and the digests of the weights that were kept."""
+    """Records without what time, interruptions and a commit in between change, and the weights that were kept."""
     found: dict[str, Any] = {}
     for path in (results / "runs").glob("*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in record.items() if key not in ("created", "seconds")}
+        kept = {key: value for key, value in record.items() if key not in ("created", "seconds", "commit")}
         if training := record["result"].get("training"):
             steady = {key: value for key, value in training.items() if key not in ("seconds", "resumed")}
             kept["result"] = record["result"] | {"training": steady}

@@ -16,10 +16,11 @@ import pytest
 
 from lib import experiments, files, runs
 from lib.compressors import CompressorSpec
-from lib.config import ROOT, Profile, StudyError, load_profile
+from lib.config import ROOT, StudyError, load_profile
 from lib.distillation import Distillation
 from lib.plans.poor_mans_bert import dropped_after, dropped_and_distilled, dropped_before
 from lib.runs import Record, Records, ensure, read_record, record_path
+from lib.settings import Profile
 from lib.specs import (
     ContributionSpec,
     ImportanceSpec,
@@ -499,6 +500,15 @@ def test_list_computes_nothing(profile_file, profile, computed, capsys):
     assert cli(capsys, "dense", "dense", "--profile", path, "--list")[:2] == (0, f"cached  {name}\n")
     assert cli(capsys, "poor_mans_bert", "--profile", path, "--list")[0] == 0
     assert len(computed) == 1
+
+
+def test_only_the_runs_that_match_are_computed(profile_file, profile, computed, capsys):
+    path = profile_file(**{"tasks.world_sentiment.seeds": 2})
+    second = dense_spec(profile, "world_sentiment", 1)
+    assert cli(capsys, "dense", "--profile", path, "--only", "*seed1*")[0] == 0
+    assert computed == [spec_hash(second)]
+    code, _, err = cli(capsys, "dense", "--profile", path, "--only", "*seed9*")
+    assert code == 2 and err == "error: --only '*seed9*' matches none of 2 runs; --list prints their names\n"
 
 
 def test_a_spec_file_is_computed(profile_file, profile, computed, capsys, tmp_path):

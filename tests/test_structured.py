@@ -15,13 +15,14 @@ from lib import experiments
 from lib.agreement import check_agreement, random_batch
 from lib.compressors import CompressorSpec, L0Gates, StructuredPruning, make_compressor
 from lib.compressors.structured import keep_best, kept_masks, magnitude, remove, target_density
-from lib.config import Profile, StudyError, load_profile
+from lib.config import StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.engines import prepare
 from lib.gates import CLOSED_BELOW, KINDS, Gates, gates_at_test, probability_open
 from lib.models import count_parameters, layer_parts, layers, load_model
 from lib.plans.structured_qa import gate_training, pruned
 from lib.runs import ensure
+from lib.settings import Profile
 from lib.specs import dense_spec
 from lib.surgery import cut, layer_shapes
 from lib.training import TrainingSettings, encode, fine_tune, last_checkpoint

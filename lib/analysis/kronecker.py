@@ -6,13 +6,13 @@ from typing import Any
 import pandas as pd
 
 from lib.analysis import of_same_seed, training_runs
-from lib.config import Profile
 from lib.data import TASKS
 from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
 from lib.models import ARCHITECTURES
 from lib.plans.kronecker import encoder_shapes, variant_of
 from lib.published import published
 from lib.runs import Record
+from lib.settings import Profile
 from lib.specs import FactorisationSpec, TextDistillationSpec, TrainSpec
 
 DENSE = "dense"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
-from lib.config import Strict, StudyError
+from lib.config import StudyError
+from lib.settings import Strict
 
 if TYPE_CHECKING:
     from lib.batches import TrainingData

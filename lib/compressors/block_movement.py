@@ -8,39 +8,44 @@ sigmoid(S) > tau. tau rises from 0 along a cubic curve, and the loss gets a pena
 
 Kinds are attention and FFN. The blocks are free: 32 × 32 everywhere (*block*), 32 × 32 on attention and one score per
 FFN unit, shared by its row and its column (*hybrid*), or whole heads and units (*struct*). ``BlockMovement`` trains and
-removes what became empty; ``Refill`` makes a hybrid model dense within the heads and units that it kept (*hybrid
-filled*). Blocks of 1 × 1 with the best k kept are unstructured movement pruning (Sanh, Wolf and Rush 2020), and the
-same schedule over the weights' magnitude is the baseline of both.
+removes what became empty; ``lib.compressors.refill`` makes a hybrid model dense within the heads and units that it kept
+(*hybrid filled*). Blocks of 1 × 1 with the best k kept are unstructured movement pruning (Sanh, Wolf and Rush 2020),
+and the same schedule over the weights' magnitude is the baseline of both.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, Trainer
 
+from lib.block_scores import (
+    KINDS,
+    PARTS,
+    Kind,
+    MaskedBias,
+    MaskedWeight,
+    Matrix,
+    Scores,
+    original,
+    put_mask,
+    shape_summary,
+)
 from lib.blocks import (
-    Block,
-    StraightThrough,
     attention_parts,
     best,
     block_sums,
-    dense_weights,
     ffn_parts,
     grid_of,
     remove_empty,
     times_blocks,
 )
 from lib.compressors.base import Compressor
-from lib.config import Strict, StudyError
-
-Kind = Literal["attention", "ffn"]
-KINDS: tuple[Kind, ...] = ("attention", "ffn")
-PARTS = {"attention": ("query", "key", "value", "attention_output"), "ffn": ("ffn_in", "ffn_out")}
+from lib.config import StudyError
+from lib.settings import Strict
 
 HISTORY_POINTS = 20
 RENEWALS = 200  # times that a top-k mask is chosen anew in a run; a threshold mask is, before every step
@@ -52,69 +57,6 @@ def ramp(progress: float, begin: float, end: float) -> float:
     """0 until ``begin``, 1 from ``end`` on, cubic between: 1 - (1 - x)^3 (Zhu and Gupta 2017)."""
     x = min(1.0, max(0.0, (progress - begin) / (end - begin)))
     return 1 - (1 - x) ** 3
-
-
-class _Scores(nn.Module):
-    """Scores and masks of all matrices, by name; a module of the model, so that checkpoints carry them."""
-
-    def __init__(self, grids: dict[str, Block], trained: bool) -> None:
-        super().__init__()
-        zeros = {name: nn.Parameter(torch.zeros(grid)) for name, grid in grids.items()}
-        self.values = nn.ParameterDict(zeros if trained else {})
-        for name, grid in grids.items():
-            self.register_buffer(f"mask_{name}", torch.ones(grid, dtype=torch.bool))
-
-    def mask(self, name: str) -> Tensor:
-        """Which blocks are there, boolean, (block rows, block columns)."""
-        return self.get_buffer(f"mask_{name}")
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """One linear map: its place, its block, and the name of its scores.
-
-    ``turned`` marks the second matrix of a pair that shares scores, where they run along the columns. It alone is
-    masked (``masked``) while the model trains, which removes the unit as well as masking both would. With both masked
-    neither would get a gradient any more, and a pruned unit's score could not learn.
-    """
-
-    kind: Kind
-    place: str
-    part: str
-    linear: nn.Linear
-    block: Block
-    scores: str
-    turned: bool = False
-    masked: bool = True
-
-
-class _MaskedWeight(nn.Module):
-    """Parametrization of a weight: masked, with gradients straight through to the scores."""
-
-    def __init__(self, owner: _Scores, matrix: _Matrix) -> None:
-        super().__init__()
-        self.about = owner, matrix  # in a tuple, or the owner would become a submodule
-
-    def forward(self, weight: Tensor) -> Tensor:
-        owner, matrix = self.about
-        mask = owner.mask(matrix.scores) if matrix.masked else None
-        scores = owner.values.get(matrix.scores)
-        if matrix.turned:
-            mask, scores = None if mask is None else mask.t(), None if scores is None else scores.t()
-        return StraightThrough.apply(weight, scores, mask)
-
-
-class _MaskedBias(nn.Module):
-    """Parametrization of a bias: an entry goes when its whole row of the matrix is masked."""
-
-    def __init__(self, owner: _Scores, matrix: _Matrix) -> None:
-        super().__init__()
-        self.about = owner, matrix
-
-    def forward(self, bias: Tensor) -> Tensor:
-        owner, matrix = self.about
-        mask = owner.mask(matrix.scores)
-        return bias * (mask.t() if matrix.turned else mask).any(1).repeat_interleave(matrix.block[0])
 
 
 class BlockMovement(Compressor):
@@ -163,17 +105,17 @@ class BlockMovement(Compressor):
             if not matrix.turned
         }
         self.kinds: dict[str, Kind] = {matrix.scores: matrix.kind for matrix in self.matrices}
-        self.scores = _Scores(grids, settings.importance == "movement")
+        self.scores = Scores(grids, settings.importance == "movement")
         model.add_module("study_scores", self.scores)
         for matrix in self.matrices:
-            _parametrize(matrix.linear, "weight", _MaskedWeight(self.scores, matrix))
+            put_mask(matrix.linear, "weight", MaskedWeight(self.scores, matrix))
             if matrix.masked and matrix.linear.bias is not None:
-                _parametrize(matrix.linear, "bias", _MaskedBias(self.scores, matrix))
+                put_mask(matrix.linear, "bias", MaskedBias(self.scores, matrix))
         self.renewed = -1
         self.held: list[str] = []
         self.history: list[dict[str, Any]] = []
 
-    def _matrices(self, model: PreTrainedModel) -> Iterator[_Matrix]:
+    def _matrices(self, model: PreTrainedModel) -> Iterator[Matrix]:
         variant = self.settings.variant
         for number, attention in enumerate(attention_parts(model)):
             for part in PARTS["attention"]:
@@ -181,16 +123,16 @@ class BlockMovement(Compressor):
                 if variant == "struct":
                     out = part == "attention_output"
                     block = (linear.out_features, attention.size) if out else (attention.size, linear.in_features)
-                yield _Matrix("attention", attention.place, part, linear, block, f"attention{number}_{part}")
+                yield Matrix("attention", attention.place, part, linear, block, f"attention{number}_{part}")
         for number, ffn in enumerate(ffn_parts(model)):
             if variant == "block":
                 for part in PARTS["ffn"]:
                     linear = getattr(ffn, part)
-                    yield _Matrix("ffn", ffn.place, part, linear, self.settings.block, f"ffn{number}_{part}")
+                    yield Matrix("ffn", ffn.place, part, linear, self.settings.block, f"ffn{number}_{part}")
             else:  # a unit's row of the first matrix and its column of the second live and die together
                 name, rows, columns = f"ffn{number}_units", (1, ffn.ffn_in.in_features), (ffn.ffn_out.out_features, 1)
-                yield _Matrix("ffn", ffn.place, "ffn_in", ffn.ffn_in, rows, name, masked=False)
-                yield _Matrix("ffn", ffn.place, "ffn_out", ffn.ffn_out, columns, name, turned=True)
+                yield Matrix("ffn", ffn.place, "ffn_in", ffn.ffn_in, rows, name, masked=False)
+                yield Matrix("ffn", ffn.place, "ffn_out", ffn.ffn_out, columns, name, turned=True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         trained = list(self.scores.values.values())
@@ -274,7 +216,7 @@ class BlockMovement(Compressor):
         for matrix in self.matrices:
             if matrix.scores == name:
                 grid = squares.t().shape if matrix.turned else squares.shape
-                sums = block_sums(_original(matrix.linear).square(), grid)
+                sums = block_sums(original(matrix.linear).square(), grid)
                 squares += sums.t() if matrix.turned else sums
         return squares.sqrt()
 
@@ -344,78 +286,3 @@ class BlockMovement(Compressor):
 
     def load_state_dict(self, state: dict[str, Any], model: PreTrainedModel) -> None:
         self.renewed, self.history = state["renewed"], list(state["history"])
-
-
-class Refill(Compressor):
-    """Hybrid filled: what a finished hybrid model kept becomes dense again, and trains without masks.
-
-    Zeros inside the kept heads and units become small Gaussian noise around the mean of the matrix's weights; how small
-    is not printed in the paper.
-    """
-
-    class Settings(Strict):
-        """``noise``: standard deviation of what is filled in, as a share of that of the weights there."""
-
-        noise: float = Field(default=0.1, ge=0)
-        seed: int = 0
-
-    name: ClassVar[str] = "refill"
-    settings: Settings
-
-    @torch.no_grad()
-    def attach(self, model: PreTrainedModel) -> None:
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        self.filled = 0
-        for _, weight in _weights(model):
-            there = weight != 0
-            mean, spread = 0.0, getattr(model.config, "initializer_range", 0.02)  # where nothing is left to go by
-            if there.any():
-                mean, spread = float(weight[there].mean()), float(weight[there].std(correction=0))
-            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
-            weight.copy_(torch.where(there, weight, mean + self.settings.noise * spread * noise))
-            self.filled += int((~there).sum())
-
-    def finalize(self, model: PreTrainedModel) -> PreTrainedModel:
-        self.result = shape_summary(model) | {"filled": self.filled / dense_weights(model)}
-        return model
-
-    def summary(self) -> dict[str, Any]:
-        return self.result
-
-
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Part and weight of every linear map that can be pruned."""
-    for kind, parts in (("attention", attention_parts(model)), ("ffn", ffn_parts(model))):
-        for owner in parts:
-            yield from ((part, getattr(owner, part).weight) for part in PARTS[kind])
-
-
-@torch.no_grad()
-def shape_summary(model: PreTrainedModel) -> dict[str, Any]:
-    """Densities of the layers' linear weights: non-zero (``density``) and stored, both as shares of the dense model's.
-
-    ``densities`` are the same for each part, ``heads`` and ``units`` what each place kept.
-    """
-    total, attention, ffn = dense_weights(model), attention_parts(model), ffn_parts(model)
-    square = model.config.hidden_size**2
-    dense = {"attention": square, "ffn": (total - 4 * square * len(attention)) // (2 * len(ffn))}
-    densities: dict[str, list[float]] = {part: [] for parts in PARTS.values() for part in parts}
-    nonzero = stored = 0
-    for part, weight in _weights(model):
-        there = int(weight.count_nonzero())
-        nonzero, stored = nonzero + there, stored + weight.numel()
-        densities[part].append(there / dense["ffn" if part in PARTS["ffn"] else "attention"])
-    return {
-        "density": nonzero / total, "stored_density": stored / total, "densities": densities,
-        "heads": [part.heads for part in attention], "units": [part.units for part in ffn],
-        "places": {"attention": [part.place for part in attention], "ffn": [part.place for part in ffn]},
-    }  # fmt: skip
-
-
-def _parametrize(linear: nn.Linear, name: str, masked: nn.Module) -> None:
-    parametrize.register_parametrization(linear, name, masked, unsafe=True)  # same shape and type: needs no check
-
-
-def _original(linear: Any) -> Tensor:
-    """The weight before masking."""
-    return linear.parametrizations.weight.original

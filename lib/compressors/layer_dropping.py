@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from lib.compressors.base import Compressor
-from lib.config import Strict, StudyError
+from lib.config import StudyError
 from lib.models import base_model, layers
+from lib.settings import Strict
 from lib.surgery import drop_layers, forget_parameters
 
 STRATEGIES = ("top", "bottom", "odd", "even", "symmetric", "contribution")

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, Trainer
 
 from lib.batches import TrainingData
 from lib.compressors.masked import Masked
-from lib.config import Strict, StudyError
+from lib.config import StudyError
 from lib.fisher import BlockFisher, LostPrecision, cubic_sparsity, smallest
 from lib.progress import Progress
+from lib.settings import Strict
 
 # The paper's two budgets, as shares of training. 30 epochs: prune at epochs 2, 6, …, 26, where the learning rate is
 # rewound as well. 10 epochs: prune twice an epoch from 2 to 8, and rewind once, when pruning is over.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from lib.compressors.base import Compressor
-from lib.config import Strict, StudyError
+from lib.config import StudyError
 from lib.gates import (
     CLOSED_BELOW,
     KINDS,
@@ -30,6 +30,7 @@ from lib.gates import (
     sample_gates,
 )
 from lib.models import layer_parts, layers
+from lib.settings import Strict
 from lib.surgery import cut
 
 Scores = list[list[float]]  # per layer, one number per gate; higher stays longer

@@ -5,7 +5,6 @@ A plan is a list of specs; asking for the same spec in two notebooks costs nothi
 
 from collections.abc import Callable
 
-from lib.config import Profile
 from lib.plans.block_movement import (
     block_movement,
     block_sparse_speed,
@@ -27,6 +26,7 @@ from lib.plans.poor_mans_bert import (
     similarity_of,
 )
 from lib.plans.structured_qa import operating_speed, point_name, structured_qa
+from lib.settings import Profile
 from lib.specs import Spec
 
 __all__ = [

@@ -1,8 +1,8 @@
 """Plans that every notebook may use: the dense models, their latency on every engine, the training loop's speed."""
 
-from lib.config import Profile
 from lib.data import get_task
 from lib.models import layer_count, load_config
+from lib.settings import Profile
 from lib.specs import LatencyModel, LatencySpec, Spec, StockComparisonSpec, data_source, dense_spec
 
 # The published BERT sizes whose speed is measured, by the names that profiles use.

@@ -5,12 +5,13 @@ model into it, train gates on what is left, cut, distil again, and let an engine
 """
 
 from lib.compressors.layer_dropping import layers_to_drop
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.models import ARCHITECTURES
 from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
 from lib.plans.poor_mans_bert import dropped_and_distilled
 from lib.plans.structured_qa import pruned
 from lib.runs import Record
+from lib.settings import Profile
 from lib.specs import EngineQualitySpec, LatencyModel, LatencySpec, Spec, TrainSpec, dense_spec, spec_hash
 
 UNTOUCHED = (1.0, 1.0)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lib.compressors import CompressorSpec
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.quantized_layers import PARTS
+from lib.settings import Profile
 from lib.specs import (
     EngineQualitySpec,
     Spec,

@@ -3,11 +3,11 @@
 from typing import Any
 
 from lib.compressors import CompressorSpec
-from lib.config import Profile
 from lib.distillation import Distillation
 from lib.kronecker_models import KroneckerShapes, configuration
 from lib.models import ARCHITECTURES, layer_count, load_config
 from lib.plans.common import SPEED_ARCHITECTURES
+from lib.settings import Profile
 from lib.specs import (
     FactorisationSpec,
     LatencyModel,

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from lib import engines
 from lib.compressors import CompressorSpec
 from lib.compressors.obert import TEN_EPOCHS, THIRTY_EPOCHS
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES, layer_count
 from lib.plans.common import encoder_layers
 from lib.runs import record_path
+from lib.settings import Profile
 from lib.specs import (
     FisherCostSpec,
     LatencyModel,

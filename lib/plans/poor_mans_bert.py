@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 from lib.compressors import CompressorSpec
 from lib.compressors.layer_dropping import above_threshold, layers_to_drop, possible
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.models import layer_count, load_config
 from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
 from lib.runs import Record, ensure
+from lib.settings import Profile
 from lib.specs import (
     ContributionSpec,
     LatencyModel,

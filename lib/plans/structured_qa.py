@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib.compressors import CompressorSpec
-from lib.config import Profile, StudyError
+from lib.config import StudyError
 from lib.data import get_task
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES
 from lib.plans.common import SPEED_ARCHITECTURES
+from lib.settings import Profile
 from lib.specs import ImportanceSpec, LatencyModel, LatencySpec, Spec, TrainSpec, dense_spec, training_settings
 from lib.surgery import even_shapes
 

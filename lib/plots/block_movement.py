@@ -1,7 +1,6 @@
 """The figures of notebook 04; each function returns the figure and the plotted rows, none when nothing is measured."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -157,11 +156,8 @@ def published_speed(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         frame: ``analysis.block_movement.shape_speed_frame`` at one batch size.
     """
     engines = list(dict.fromkeys(frame["engine"]))
-    across = min(4, len(engines))
-    down = -(-len(engines) // across)
-    options = {"height": 0.7 + 1.7 * down, "squeeze": False, "sharex": True, "sharey": True}
-    fig, axes = figures.new_figure("page", down, across, **options)
-    for ax, engine in zip(axes.flat, engines, strict=False):
+    fig, axes = figures.panels(len(engines), across=4, row=1.7, margin=0.7, sharex=True, sharey=True)
+    for ax, engine in zip(axes, engines, strict=False):
         part = frame[frame["engine"] == engine]
         for variant, rows in part.groupby("variant", sort=False):
             hollow = figures.style_of(str(variant), published=True) | {"linestyle": "", "alpha": 0.55}
@@ -173,7 +169,7 @@ def published_speed(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                         arrowprops={"arrowstyle": "->", "color": figures.VERMILION, "linewidth": 0.9})  # fmt: skip
         ax.axvline(1, color=figures.GREY, linewidth=0.6)
         ax.set(title=figures.METHODS[engine][2])
-    _finish_panels(fig, axes, len(engines), "times faster than dense BERT-base", "published F1 (%)")
+    _name_axes(fig, "times faster than dense BERT-base", "published F1 (%)")
     return fig, frame
 
 
@@ -189,11 +185,8 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
     joined = speed.merge(frame[["hash", "method", "task", "title", "seed", "strength", "density", "retained"]],
                          left_on="model", right_on="hash")  # fmt: skip
     engines = list(dict.fromkeys(joined["engine"]))
-    across = min(4, max(1, len(engines)))
-    down = max(1, -(-len(engines) // across))
-    options = {"height": 0.7 + 1.7 * down, "squeeze": False, "sharex": True, "sharey": True}
-    fig, axes = figures.new_figure("page", down, across, **options)
-    for ax, engine in zip(axes.flat, engines, strict=False):
+    fig, axes = figures.panels(len(engines), across=4, row=1.7, margin=0.7, sharex=True, sharey=True)
+    for ax, engine in zip(axes, engines, strict=False):
         for method in methods:
             rows = joined[(joined["engine"] == engine) & (joined["method"] == method)]
             if len(rows):
@@ -204,16 +197,14 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
                 ax.plot(printed["speedup"], printed["retained"], **style)
         figures.retained_line(ax, 100)
         ax.set(title=figures.METHODS[engine][2])
-    _finish_panels(fig, axes, len(engines), "times faster than dense", "retained share (%)")
+    _name_axes(fig, "times faster than dense", "retained share (%)")
     columns = ["engine", "batch", "length", "method", "title", "seed", "strength", "density", "retained",
                "ratio_to_dense", "ratio_q1", "ratio_q3", "median_ms"]  # fmt: skip
     return fig, joined[columns]
 
 
-def _finish_panels(fig: Figure, axes: Any, used: int, x: str, y: str) -> None:
-    """Hide the panels beyond the ``used`` ones, and name both axes of all."""
-    for ax in axes.flat[used:]:
-        ax.set_visible(False)
+def _name_axes(fig: Figure, x: str, y: str) -> None:
+    """One name for the x axes of all panels and one for their y axes, and the legend."""
     fig.supxlabel(x, fontsize=8)
     fig.supylabel(y, fontsize=8)
     figures.outside_legend(fig)

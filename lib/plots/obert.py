@@ -123,19 +123,15 @@ def speed_figure(speed: pd.DataFrame, group: int = 1) -> tuple[Figure, pd.DataFr
         raise StudyError("oBERT: no latency is measured yet; raise budget_minutes, or run the plan to the end")
     full = speed[speed["layers"] == speed["total"]]
     conditions = list(full[["batch", "length"]].drop_duplicates().itertuples(index=False, name=None))
-    across = min(2, len(conditions))
-    down = -(-len(conditions) // across)
-    fig, axes = figures.new_figure("page", down, across, height=0.7 + 1.9 * down, squeeze=False)
+    fig, axes = figures.panels(len(conditions), across=2, row=1.9, margin=0.7)
     drawn = []
-    for ax, (batch, length) in zip(axes.flat, conditions, strict=False):
+    for ax, (batch, length) in zip(axes, conditions, strict=False):
         here = full[(full["batch"] == batch) & (full["length"] == length)]
         drawn.append(_speed_panel(ax, here, group))
         ax.set(title=f"batch {batch}, {length} tokens", xlabel="sparsity (%)", ylabel="ms", yscale="log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-    for ax in axes.flat[len(conditions) :]:
-        ax.set_visible(False)
     figures.outside_legend(fig)
     return fig, pd.concat(drawn, ignore_index=True)
 
