@@ -104,7 +104,8 @@ def linear_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def shape_summary(model: PreTrainedModel) -> dict[str, Any]:
     """Densities of the layers' linear weights: non-zero (``density``) and stored, both as shares of the dense model's.
 
-    ``densities`` are the same for each part, ``heads`` and ``units`` what each place kept.
+    ``weights`` counts those stored, ``nonzero`` those of them that are not zero; ``densities`` is the non-zero share of
+    each part, ``heads`` and ``units`` what each place kept.
     """
     total, attention, ffn = dense_weights(model), attention_parts(model), ffn_parts(model)
     square = model.config.hidden_size**2
@@ -116,7 +117,8 @@ def shape_summary(model: PreTrainedModel) -> dict[str, Any]:
         nonzero, stored = nonzero + there, stored + weight.numel()
         densities[part].append(there / dense["ffn" if part in PARTS["ffn"] else "attention"])
     return {
-        "density": nonzero / total, "stored_density": stored / total, "densities": densities,
+        "density": nonzero / total, "stored_density": stored / total, "weights": stored, "nonzero": nonzero,
+        "densities": densities,
         "heads": [part.heads for part in attention], "units": [part.units for part in ffn],
         "places": {"attention": [part.place for part in attention], "ffn": [part.place for part in ffn]},
     }  # fmt: skip

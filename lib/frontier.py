@@ -111,14 +111,18 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def _weights(record: Record) -> float:
-    """Encoder-layer parameters that are not zero: the layers' own, less what a sparse method reports as zero."""
-    nonzero = record["compression"].get("nonzero_layer_parameters")
-    return float(nonzero if nonzero is not None else record["model"]["layer_parameters"])
+    """Encoder-layer parameters that are not zero: the layers' own, less the zeros that a sparse method stores."""
+    about = record["compression"]
+    zeros = about["weights"] - about["nonzero"] if "nonzero" in about else 0
+    return float(record["model"]["layer_parameters"] - zeros)
 
 
 def _bytes(record: Record) -> float:
-    stored = record["compression"].get("stored_bytes")
-    return float(stored if stored is not None else record["model"]["size_bytes"])
+    """The smallest form that can be loaded as it is: integers for quantised models, sparse encodings for zeros."""
+    about = record["compression"]
+    if "storage" in about:
+        return float(min(size for encoding, size in about["storage"].items() if encoding != "gzip"))
+    return float(about.get("stored_bytes", record["model"]["size_bytes"]))
 
 
 def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:

@@ -391,6 +391,9 @@ def test_the_summary_is_what_the_weights_are_and_the_model_saves(features, token
     total = 4 * (4 * 32 * 32 + 2 * 32 * 64)
     assert summary["density"] == sum(int((weight != 0).sum()) for weight in weights) / total
     assert summary["stored_density"] == sum(weight.numel() for weight in weights) / total
+    stored = [parameter for name, parameter in model.named_parameters() if ".layer." in name and parameter.dim() == 2]
+    assert summary["weights"] == sum(weight.numel() for weight in stored)
+    assert summary["nonzero"] == sum(int(weight.count_nonzero()) for weight in stored)
     assert summary == shape_summary(model) | {key: summary[key] for key in ("kept_heads", "history", "bins")}
     history = summary["history"]
     assert history[0]["density"]["all"] == 1 and history[-1]["progress"] == 1

@@ -7,7 +7,10 @@ import pandas as pd
 import pytest
 
 from lib import frontier, plans
+from lib.blocks import dense_weights
+from lib.compressors import CompressorSpec
 from lib.config import StudyError, load_profile
+from lib.models import load_model
 from lib.plans.frontier import latency_model, recipe_name
 from lib.runs import ensure
 from lib.specs import EngineQualitySpec, dense_spec
@@ -92,6 +95,23 @@ def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
     assert (frame["weights kept (%)"] < 100).all()
     points = frontier.by_configuration(frame)
     assert len(points) == len(frame) and (points["n"] == 1).all()
+
+
+def test_zeros_count_as_removed_and_are_stored_as_such(series):
+    study, *_ = series
+    dense = dense_spec(study, "world_qa", 0)
+    settings = {"sparsity": 0.5, "importance": "magnitude", "prune_at": [], "first_step": 0.0}
+    pruned = dense.model_copy(update={
+        "start": dense, "training": dense.training.model_copy(update={"epochs": 0.0}),
+        "compressor": CompressorSpec(name="obert", settings=settings),
+    })  # fmt: skip
+    first, sparse = ensure([dense, pruned], study)
+    (row,) = frontier.overview([first, sparse]).to_dict("records")
+    model = load_model("tiny-bert", "qa")
+    layers = sum(parameter.numel() for layer in model.bert.encoder.layer for parameter in layer.parameters())
+    assert row["weights kept (%)"] == pytest.approx(100 * (1 - 0.5 * dense_weights(model) / layers), abs=0.01)
+    saved = first["model"]["size_bytes"] - 1e6 * row["size (MB)"]  # half the values, less one bit for each place
+    assert saved == pytest.approx(dense_weights(model) * (4 / 2 - 1 / 8), rel=0.05)
 
 
 def test_configuration_forgets_seeds_and_nothing_else(series):
