@@ -56,7 +56,7 @@ class User:
         """The spec of a dense run, changed, in a file of its own."""
         path = self.write(**profile)
         values = plans.dense(load_profile(path))[0].model_dump(mode="json") | (changes or {})
-        return [self._file("spec.json", json.dumps(values)), "--profile", str(path)]
+        return [self.file("spec.json", json.dumps(values)), "--profile", str(path)]
 
     def compress(self, name: str, epochs: float = 1, /, **settings: Any) -> list[str]:
         """Compression of the dense run of the profile, already finished."""
@@ -70,7 +70,7 @@ class User:
         profile = load_profile(path)
         spec = fullyqt.dense_translation(profile, profile.fully_quantized.tasks[0], 0)
         values = spec.model_dump(mode="json") | {"compressor": {"name": "quantization", "settings": settings}}
-        return [self._file("spec.json", json.dumps(values)), "--profile", str(path)]
+        return [self.file("spec.json", json.dumps(values)), "--profile", str(path)]
 
     def xlnet(self) -> str:
         """A folder with a model whose layers have none of the parts that pruning needs."""
@@ -80,7 +80,7 @@ class User:
             shutil.copy(models.packaged_minilm_dir() / name, folder)
         return str(folder)
 
-    def _file(self, name: str, text: str) -> str:
+    def file(self, name: str, text: str) -> str:
         path = self.folder / name
         path.write_text(text, encoding="utf-8")
         return str(path)
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Callable[[User], list[str]], tuple[str, ...]]] = {
     ),
     "unknown plan": (lambda user: ["dens"], ("'dens' is neither a plan (", "nor a file")),
     "spec that is no JSON": (
-        lambda user: [user._file("spec.json", "{")], ("spec.json cannot be read as JSON",),
+        lambda user: [user.file("spec.json", "{")], ("spec.json cannot be read as JSON",),
     ),
     "unknown key in a spec": (lambda user: user.spec({"sed": 1}), ("spec.json", "sed")),
     # Data
