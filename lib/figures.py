@@ -181,7 +181,10 @@ def panels(
     fig, axes = new_figure("page", rows, columns, height=margin + row * rows, squeeze=False, **options)
     for blank in axes.flat[count:]:
         blank.set_visible(False)
-    return fig, list(axes.flat[:count])
+    used = list(axes.flat[:count])
+    for lowest in used[-columns:]:
+        lowest.tick_params(labelbottom=True)  # a shared x axis has its numbers in the last row, blank or not
+    return fig, used
 
 
 def style_of(method: str, published: bool = False) -> dict[str, Any]:

@@ -29,7 +29,10 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "l0_gates": ("Structured pruning", "l0"),
     "structured": ("Structured pruning", "l0"),
     "obert": ("oBERT", "obert"),
+    "fixed_masks": ("oBERT", "obert"),
+    "sparse_int8": ("oBERT", "obert"),
     "block_movement": ("Block movement", "hybrid"),
+    "refill": ("Block movement", "hybrid"),
     "quantization": ("FullyQT", "int8"),
     "kronecker": ("KroneckerBERT", "kronecker"),
 }

@@ -186,8 +186,9 @@ def test_retained_line_lies_at_the_share():
     ("count", "grid", "height"), [(0, (1, 1), 2.0), (1, (1, 1), 2.0), (2, (1, 2), 2.0), (5, (2, 3), 3.5)]
 )
 def test_panels_are_as_many_as_asked_for_and_the_rest_stays_blank(count, grid, height):
-    fig, axes = figures.panels(count, across=3, row=1.5, margin=0.5)
+    fig, axes = figures.panels(count, across=3, row=1.5, margin=0.5, sharex=True)
     assert len(axes) == max(count, 1) and [ax for ax in fig.axes if ax.get_visible()] == axes
+    assert all(ax.xaxis.get_tick_params()["labelbottom"] for ax in axes[-grid[1] :])
     assert axes[0].get_gridspec().get_geometry() == grid and fig.get_size_inches()[1] == height
 
 

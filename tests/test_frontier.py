@@ -8,12 +8,12 @@ import pytest
 
 from lib import frontier, plans
 from lib.blocks import dense_weights
-from lib.compressors import CompressorSpec
+from lib.compressors import COMPRESSORS, CompressorSpec
 from lib.config import StudyError, load_profile
 from lib.models import load_model
 from lib.plans.frontier import latency_model, recipe_name
 from lib.runs import ensure
-from lib.specs import EngineQualitySpec, dense_spec
+from lib.specs import EngineQualitySpec, TrainSpec, dense_spec
 from lib.surgery import load_compressed
 
 QA = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "max_length": 64, "stride": 16, "train_examples": 24,
@@ -95,6 +95,20 @@ def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
     assert (frame["weights kept (%)"] < 100).all()
     points = frontier.by_configuration(frame)
     assert len(points) == len(frame) and (points["n"] == 1).all()
+
+
+def test_what_continues_a_method_belongs_to_it_and_two_methods_are_a_compound(series):
+    study, *_ = series
+    dense = dense_spec(study, "world_qa", 0)
+
+    def after(name: str, start: TrainSpec) -> TrainSpec:
+        return dense.model_copy(update={"start": start, "compressor": CompressorSpec(name=name)})
+
+    pruned, sparse = after("block_movement", dense), after("obert", dense)
+    assert frontier.family(after("refill", pruned))[0] == frontier.family(pruned)[0] == "Block movement"
+    assert {frontier.family(after(name, sparse))[0] for name in ("fixed_masks", "sparse_int8")} == {"oBERT"}
+    assert frontier.family(after("obert", after("layer_dropping", dense)))[0] == frontier.COMPOUND
+    assert set(frontier.FAMILIES) == set(COMPRESSORS)
 
 
 def test_zeros_count_as_removed_and_are_stored_as_such(series):

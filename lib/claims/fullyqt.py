@@ -111,14 +111,14 @@ def _diverges(frame: pd.DataFrame, guards: str) -> dict[str, str]:
     claim = f"Quantising everything naively diverges ({guards})"
     rows = frame[frame["guards"] == guards]
     if rows.empty:
-        return verdict(claim, "quality", "nan", NOT_RUN, None, "")
+        return verdict(claim, "quality", "it diverges", NOT_RUN, None, "")
     bad = rows[rows["diverged"] != ""]
     places = {place.rpartition(", ")[2] for place in bad["diverged"]}
     ours = f"{len(bad)} of {len(rows)} runs"
     evidence = f"first not finite: {', '.join(sorted(places))}" if len(bad) else "all values stayed finite"
     bits = ", ".join(str(width) for width in sorted(rows["bits"].unique(), reverse=True))
-    return verdict(claim, "quality", "nan", ours, len(bad) == len(rows), f"{evidence}; {bits} bits; {SECOND_HAND}",
-                   seeds_of(rows))  # fmt: skip
+    evidence = f"{evidence}; {bits} bits; {SECOND_HAND}"
+    return verdict(claim, "quality", "it diverges", ours, len(bad) == len(rows), evidence, seeds_of(rows))
 
 
 def _where(rows: pd.DataFrame) -> str:
