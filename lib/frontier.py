@@ -21,6 +21,7 @@ from lib.files import write_atomically
 from lib.plans.frontier import recipes
 from lib.runs import Record, read_record
 from lib.settings import Profile
+from lib.sparse_storage import smallest
 from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
 
 # compressor: (name of the family, its style in lib.figures.METHODS)
@@ -124,7 +125,7 @@ def _bytes(record: Record) -> float:
     """The smallest form that can be loaded as it is: integers for quantised models, sparse encodings for zeros."""
     about = record["compression"]
     if "storage" in about:
-        return float(min(size for encoding, size in about["storage"].items() if encoding != "gzip"))
+        return float(smallest(about["storage"])[1])
     return float(about.get("stored_bytes", record["model"]["size_bytes"]))
 
 

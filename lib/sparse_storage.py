@@ -10,7 +10,7 @@ paper's own measure: its sizes are those of gzipped files.
 
 import gzip
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import safetensors.torch
@@ -136,3 +136,7 @@ def storage(model: nn.Module, pruned: Sequence[nn.Linear], int8: Sequence[nn.Mod
     sizes = {name: size + len(others) for name, size in sizes.items()}
     return sizes | {"gzip": len(gzip.compress(others + b"".join(dense_bytes), 6, mtime=0))}
 
+
+def smallest(sizes: Mapping[str, int]) -> tuple[str, int]:
+    """Of ``storage``'s encodings the smallest that can be loaded as it is (no gzip), and its bytes."""
+    return min(((name, sizes[name]) for name in ("bitmask", "csr", "dense")), key=lambda encoded: encoded[1])

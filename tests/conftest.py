@@ -71,6 +71,15 @@ def run_module(module: str, *arguments: Any, progress: Path, **environ: str) -> 
     return process.returncode, out, error
 
 
+def without_timings(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without what time, interruptions and a commit made meanwhile change."""
+    kept = {key: value for key, value in record.items() if key not in ("created", "seconds", "commit")}
+    if training := record["result"].get("training"):
+        steady = {key: value for key, value in training.items() if key not in ("seconds", "resumed")}
+        kept["result"] = record["result"] | {"training": steady}
+    return kept
+
+
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
     monkeypatch.delenv("STUDY_DATA", raising=False)

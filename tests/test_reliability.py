@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import small_profile, start_module
+from conftest import small_profile, start_module, without_timings
 
 
 @dataclass
@@ -95,12 +95,6 @@ def test_ctrl_c_is_one_line_and_kill_is_a_kill(series):
 def test_finished_records_are_kept_as_they_are(series):
     assert len(series.finished_early) == 1 and series.finished_early == series.finished_early_at_the_end
     assert "2 runs, 1 cached, 1 computed" in series.last_output
-
-
-def without_timings(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in record.items() if key not in ("created", "seconds", "commit")}
-    training = {key: value for key, value in record["result"]["training"].items() if key not in ("seconds", "resumed")}
-    return kept | {"result": record["result"] | {"training": training}}
 
 
 def test_records_equal_those_of_an_undisturbed_series(series):

@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import small_profile
+from conftest import ENVIRONMENT, small_profile, without_timings
 
-from lib import environment
 from lib.config import ROOT
 
 KILLS = int(os.environ.get("STUDY_KILLS", "10"))
@@ -34,8 +33,7 @@ class Server:
     """Speaks to ``fork_server``; hub access is not switched off, so that only good manners keep a run offline."""
 
     def __init__(self, folder: Path) -> None:
-        environ = os.environ | environment.fast_cpu_environment() | {"OMP_NUM_THREADS": "1"}
-        environ = {name: value for name, value in environ.items() if name not in ("HF_HUB_OFFLINE", "STUDY_DATA")}
+        environ = {name: value for name, value in ENVIRONMENT.items() if name != "HF_HUB_OFFLINE"}
         environ |= {"STUDY_PROGRESS": str(folder / "progress"), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "fork_server.py")], cwd=ROOT, env=environ, text=True,
@@ -105,15 +103,8 @@ def undisturbed(server, profile, tmp_path_factory) -> tuple[Path, float]:
 
 def outcome(results: Path) -> dict[str, Any]:
     """Records without what time, interruptions and a commit in between change, and the weights that were kept."""
-    found: dict[str, Any] = {}
-    for path in (results / "runs").glob("*.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in record.items() if key not in ("created", "seconds", "commit")}
-        if training := record["result"].get("training"):
-            steady = {key: value for key, value in training.items() if key not in ("seconds", "resumed")}
-            kept["result"] = record["result"] | {"training": steady}
-        found[path.name] = kept
-    return found | {path.parent.name: path.read_bytes() for path in (results / "models").glob("*/model.safetensors")}
+    records = {path.name: without_timings(json.loads(path.read_text())) for path in (results / "runs").glob("*.json")}
+    return records | {path.parent.name: path.read_bytes() for path in (results / "models").glob("*/model.safetensors")}
 
 
 def leftovers(results: Path) -> list[str]:

@@ -14,6 +14,7 @@ from lib.data import TASKS
 from lib.models import ARCHITECTURES, layer_count
 from lib.published import published
 from lib.runs import Record
+from lib.sparse_storage import smallest
 from lib.specs import LatencySpec, TrainSpec, UpstreamSpec
 
 # What a run of notebook 03 is.
@@ -82,8 +83,7 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
         spec: Any = record.spec
         compression, training = record["compression"], record.result.get("training", {})
         settings, storage = _pruning(spec), compression.get("storage", {})
-        small = {name: storage[name] for name in ("bitmask", "csr", "dense") if name in storage}
-        best = min(small, key=lambda name: small[name]) if small else ""
+        encoding, size = smallest(storage) if storage else ("", np.nan)
         rows.append({
             "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
             "kind": kind_of(spec), "method": method_of(spec), "budget": budget_of(spec),
@@ -92,7 +92,7 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
             "sparsity": 100 * compression.get("sparsity", 0.0), "target": 100 * settings.get("sparsity", 0.0),
             "bits": compression.get("bits", 32), "score": record["score"], "train_s": training.get("seconds", 0.0),
             "dense_bytes": record["model"]["size_bytes"] if spec.compressor is None else np.nan,
-            "encoding": best, "bytes": small.get(best, np.nan), "gzip_bytes": storage.get("gzip", np.nan),
+            "encoding": encoding, "bytes": size, "gzip_bytes": storage.get("gzip", np.nan),
         })  # fmt: skip
     frame = pd.DataFrame(rows)
     dense = frame[frame["kind"] == "dense"].groupby(["task", "seed"])[["score", "dense_bytes"]].first()

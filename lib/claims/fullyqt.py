@@ -115,9 +115,9 @@ def _diverges(frame: pd.DataFrame, guards: str) -> dict[str, str]:
     bad = rows[rows["diverged"] != ""]
     places = {place.rpartition(", ")[2] for place in bad["diverged"]}
     ours = f"{len(bad)} of {len(rows)} runs"
-    evidence = f"first not finite: {', '.join(sorted(places))}" if len(bad) else "all values stayed finite"
+    found = f"first not finite: {', '.join(sorted(places))}" if len(bad) else "all values stayed finite"
     bits = ", ".join(str(width) for width in sorted(rows["bits"].unique(), reverse=True))
-    evidence = f"{evidence}; {bits} bits; {SECOND_HAND}"
+    evidence = f"{found}; {bits} bits; {SECOND_HAND}"
     return verdict(claim, "quality", "it diverges", ours, len(bad) == len(rows), evidence, seeds_of(rows))
 
 
