@@ -200,7 +200,9 @@ make_report() {
 run_tests() {
     cd "$root"
     echo "[3/3] Tests: ruff, mypy, pytest"
-    "$python" -m ruff check . && "$python" -m mypy lib && exec "$python" -m pytest "$@"
+    # One thread in each process (tests/conftest.py); a file stays in one process, with what its tests share.
+    "$python" -m ruff check . && "$python" -m mypy lib &&
+        exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
 }
 
 renew_lock() {

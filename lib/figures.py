@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "magnitude-iterative": (GREY, ">", "Magnitude, iterative"),
     "gain": (SKY, "^", "Gain"),
     "leave-one-out": (PURPLE, "v", "Leave one out"),
-    "random": (GREY, "d", "Random"),
+    "random": (VERMILION, ">", "Random"),
     # oBERT
     "obert": (ORANGE, "D", "oBERT"),
     "obert-block4": (ORANGE, "P", "oBERT, blocks of 4"),
@@ -268,7 +268,7 @@ def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
 def retained_line(ax: Axes, dense: float, share: float = 0.99) -> float:
     """Dashed line at ``share`` of the dense score, marked at the right edge; returns its height."""
     height = share * dense
-    ax.axhline(height, color=BLACK, linestyle=(0, (4, 3)), linewidth=0.7, zorder=1)
+    ax.axhline(height, color=BLACK, linestyle=(0, (4, 3)), linewidth=0.7, zorder=0.8)
     ax.annotate(
         f"{share:.0%} of dense",
         xy=(1, height),
@@ -280,6 +280,7 @@ def retained_line(ax: Axes, dense: float, share: float = 0.99) -> float:
         fontsize=6,
         color="#404040",
         path_effects=[withStroke(linewidth=1.5, foreground="white")],
+        zorder=0.9,  # below the points, so that it hides none
     )
     return height
 

@@ -72,12 +72,13 @@ def configuration(spec: TrainSpec) -> str:
 
 
 def training_cost(record: Record, by_hash: Mapping[str, Record]) -> float:
-    """Seconds of training of a run and of every run that it starts from, learns from or is informed by.
+    """Core-seconds of training of a run and of every run that it starts from, learns from or is informed by.
 
-    NaN when the record of one of them is missing.
+    Core-seconds are seconds times the CPU threads that computed, and plain seconds on a GPU. NaN when the record of one
+    of those runs is missing.
     """
     spec = record.spec
-    own = record.result.get("training", {}).get("seconds", 0.0)
+    own = _core_seconds(record)
     needed: dict[str, Any] = {}
     for other in [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]:
         if other is not None:
@@ -87,11 +88,18 @@ def training_cost(record: Record, by_hash: Mapping[str, Record]) -> float:
     return own
 
 
+def _core_seconds(record: Record) -> float:
+    """Of the run's own training; records that do not say how many threads computed had one on every core."""
+    training = record.result.get("training", {})
+    threads = 1 if record.hardware["gpu"] else training.get("threads", record.hardware["cores"])
+    return float(training.get("seconds", 0.0) * threads)
+
+
 def overview(records: Sequence[Record]) -> pd.DataFrame:
     """One row per compressed training run that has a dense run of the same task and seed beside it.
 
     ``weights kept (%)`` are the encoder layers' weights that are not zero, ``size (MB)`` is the smallest form in which
-    the record says the model was stored, ``cost (min)`` the training of the whole chain.
+    the record says the model was stored, ``cost (core-min)`` the training of the whole chain.
     """
     by_hash = {record.hash: record for record in records}
     runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
@@ -107,10 +115,10 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
             "title": TASKS[spec.task].title, "seed": spec.seed, "family": name, "style": style,
             "score": record["score"], "retained": 100 * record["score"] / base["score"],
             "weights kept (%)": 100 * _weights(record) / base["model"]["layer_parameters"],
-            "size (MB)": _bytes(record) / 1e6, "cost (min)": training_cost(record, by_hash) / 60,
+            "size (MB)": _bytes(record) / 1e6, "cost (core-min)": training_cost(record, by_hash) / 60,
         })  # fmt: skip
     columns = ["hash", "configuration", "task", "title", "seed", "family", "style", "score", "retained",
-               "weights kept (%)", "size (MB)", "cost (min)"]  # fmt: skip
+               "weights kept (%)", "size (MB)", "cost (core-min)"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -135,7 +143,7 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
     for _, group in frame.groupby(["task", "configuration"], sort=False):
         found = bootstrap_interval(group["retained"])
         first = group.iloc[0]
-        numbers = {name: group[name].mean() for name in ("score", "weights kept (%)", "size (MB)", "cost (min)")}
+        numbers = {name: group[name].mean() for name in ("score", "weights kept (%)", "size (MB)", "cost (core-min)")}
         about = {name: first[name] for name in ("task", "configuration", "title", "family", "style")}
         rows.append({**about, **numbers, "retained": found.mean,
                      "low": found.low, "high": found.high, "n": found.n})  # fmt: skip

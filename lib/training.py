@@ -75,9 +75,13 @@ class TrainingSettings(Strict):
 
 
 class TrainingOutcome(Strict):
-    """What a fine-tuning run took: seconds of the loop (all sittings), examples and tokens seen, loss curve."""
+    """What a fine-tuning run took: seconds of the loop (all sittings), examples and tokens seen, loss curve.
+
+    ``threads`` are the CPU threads that computed, those of all processes together.
+    """
 
     seconds: float
+    threads: int
     steps: int
     examples: int
     tokens: int
@@ -289,9 +293,10 @@ def fine_tune(
     distributed.check_equal(model.parameters(), title)
     history = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return TrainingOutcome(
-        seconds=seconds, steps=steps, examples=steps * settings.batch_size,
-        tokens=round(sum(features["length"]) * settings.epochs), loss=tuple(history),
-        precision="bf16 autocast" if bf16 else "fp32", resumed=checkpoint[1]["global_step"] if checkpoint else 0,
+        seconds=seconds, threads=torch.get_num_threads() * distributed.processes(), steps=steps,
+        examples=steps * settings.batch_size, tokens=round(sum(features["length"]) * settings.epochs),
+        loss=tuple(history), precision="bf16 autocast" if bf16 else "fp32",
+        resumed=checkpoint[1]["global_step"] if checkpoint else 0,
     )  # fmt: skip
 
 

@@ -88,10 +88,11 @@ def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
     study, records, _ = series
     frame = frontier.overview(frontier.all_records(study))
     assert set(frame["family"]) == {"Poor Man's BERT", "Structured pruning", "Compound"}
-    seconds = {record.hash: record.result.get("training", {}).get("seconds", 0.0) for record in records}
+    training = {record.hash: record.result.get("training", {"seconds": 0, "threads": 1}) for record in records}
+    seconds = {hash_: about["seconds"] * about["threads"] for hash_, about in training.items()}
     dropped = frame[frame["family"] == "Poor Man's BERT"].iloc[0]
     dense = seconds[frontier.spec_hash(dense_spec(study, "world_qa", 0))]
-    assert dropped["cost (min)"] == pytest.approx((seconds[dropped["hash"]] + dense) / 60)
+    assert dropped["cost (core-min)"] == pytest.approx((seconds[dropped["hash"]] + dense) / 60)
     assert (frame["weights kept (%)"] < 100).all()
     points = frontier.by_configuration(frame)
     assert len(points) == len(frame) and (points["n"] == 1).all()
