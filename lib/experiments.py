@@ -6,6 +6,7 @@ Every function takes a spec and the profile (which says only where data and resu
 
 import shutil
 import tempfile
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lib.evaluation import evaluate_model
 from lib.fisher_speed import fisher_cost
 from lib.gates import head_size
 from lib.kronecker_models import factorise
+from lib.metrics import score
 from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
 from lib.progress import say
 from lib.runs import hold_lock, obtain
@@ -39,6 +41,7 @@ from lib.specs import (
     ImportanceSpec,
     LatencyModel,
     LatencySpec,
+    MajoritySpec,
     Spec,
     StockComparisonSpec,
     TextDistillationSpec,
@@ -68,6 +71,8 @@ def execute(spec: Spec, profile: Profile) -> dict[str, Any]:
         return run_engine_quality(spec, profile)
     if isinstance(spec, ContributionSpec):
         return run_contribution(spec, profile)
+    if isinstance(spec, MajoritySpec):
+        return run_majority(spec, profile)
     if isinstance(spec, LatencySpec):
         return run_latency(spec)
     if isinstance(spec, TrainingSpeedSpec):
@@ -315,6 +320,21 @@ def run_contribution(spec: ContributionSpec, profile: Profile) -> dict[str, Any]
             yield {name: encoded[name] for name in names}
 
     return {"similarity": layer_contributions(model, batches()), "examples": len(texts)}
+
+
+def run_majority(spec: MajoritySpec, profile: Profile) -> dict[str, Any]:
+    """Scores (percent) on the validation split of always answering the most frequent training label.
+
+    Raises:
+        StudyError: the task is not a classification.
+    """
+    if get_task(spec.task).kind != "classification":
+        raise StudyError(f"majority: task '{spec.task}' has no labels to count; give a classification task")
+    data = load_task(spec.task, spec.data, profile.data_dir)
+    counts = Counter(data["train"]["label"])
+    answer = min(counts, key=lambda value: (-counts[value], value))
+    references = data["validation"]["label"]
+    return {"label": answer, **score(spec.task, [answer] * len(references), references)}
 
 
 def build(model: LatencyModel) -> PreTrainedModel:

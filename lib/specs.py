@@ -118,6 +118,14 @@ class ContributionSpec(Strict):
     start: TrainSpec | None = None
 
 
+class MajoritySpec(Strict):
+    """The score of always answering the most frequent training label: the floor that a classifier has to leave."""
+
+    kind: Literal["majority"] = "majority"
+    task: str
+    data: DataSource
+
+
 class LatencyModel(Strict):
     """A model to time: a named architecture with random weights or an encoder, with layers dropped.
 
@@ -260,6 +268,7 @@ Spec = (
     | ImportanceSpec
     | EngineQualitySpec
     | ContributionSpec
+    | MajoritySpec
     | LatencySpec
     | TrainingSpeedSpec
     | StockComparisonSpec
@@ -329,7 +338,7 @@ def label(spec: Spec) -> str:
     if isinstance(spec, UpstreamSpec):
         sparsity = 100 * spec.compressor.settings.get("sparsity", 0) if spec.compressor else 0
         return f"{spec.task}_{f'pruned_{sparsity:g}' if sparsity else 'dense'}_seed{spec.seed}"
-    if isinstance(spec, ContributionSpec | StockComparisonSpec):
+    if isinstance(spec, ContributionSpec | MajoritySpec | StockComparisonSpec):
         return spec.task
     return f"{spec.dense}_batch{spec.batch}_length{spec.length}"
 

@@ -14,7 +14,16 @@ from lib.compressors import CompressorSpec
 from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.runs import Record
-from lib.specs import ContributionSpec, LatencyModel, LatencySpec, Spec, TrainingSpeedSpec, TrainSpec, spec_hash
+from lib.specs import (
+    ContributionSpec,
+    LatencyModel,
+    LatencySpec,
+    MajoritySpec,
+    Spec,
+    TrainingSpeedSpec,
+    TrainSpec,
+    spec_hash,
+)
 from lib.training import TrainingSettings
 
 TRAINING = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-4, max_length=64)
@@ -294,6 +303,27 @@ def test_orders_that_share_no_run_are_not_run_yet():
     found = claims_of.verdicts(LAYERS, orders.iloc[:0], orders, empty, empty).set_index("claim")
     row = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
     assert (row["ours"], row["verdict"]) == (claims.NOT_RUN, "not testable here")
+
+
+def majority(task: str, score: float) -> Record:
+    return record(MajoritySpec(task=task, data="local"), score=score)
+
+
+def test_a_dense_score_near_one_label_for_all_says_nothing():
+    runs = [trained(dense(task, seed), 80.0) for task in TASKS for seed in (0, 1, 2)]
+    runs += [trained(dropped((4, 5, 6), "before", task, seed), {"rte": 79.0}.get(task, 40.0))
+             for task in TASKS for seed in (0, 1, 2)]  # fmt: skip
+    claim = "Half of the layers, dropped from the top, keep nearly all of the score"
+    empty = training_speed_frame([])
+    for floor, left_out in ((75.0, False), (75.1, True)):
+        frame = quality_frame([*runs, majority("rte", floor)])
+        floors = frame.groupby("task")["floor"].first()
+        assert floors["rte"] == floor and np.isnan(floors["cola"])
+        assert (frame["informative"] | (left_out & (frame["task"] == "rte"))).all()
+        curves = strategy_frame(frame, HALVES)
+        row = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim").loc[claim]
+        assert row["verdict"] == ("does not hold here" if left_out else "holds in part")
+        assert row["evidence"].endswith("left out, dense close to one label for all: RTE") is left_out
 
 
 def test_without_runs_everything_but_the_size_is_not_run_yet():

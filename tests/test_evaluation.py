@@ -7,9 +7,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from lib import evaluation
+from lib import evaluation, experiments, plans
+from lib.config import StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.evaluation import evaluate_model, predict
+from lib.specs import MajoritySpec
 from lib.training import TrainingSettings, encode
 
 SETTINGS = TrainingSettings(epochs=1, batch_size=8, learning_rate=1e-3, max_length=32, precision="fp32")
@@ -87,3 +89,15 @@ def test_a_regression_is_judged_by_its_value(tokenizer):
         known = {tuple(ids): [sign * (2 * i + 1.0)] for i, ids in enumerate(encoded["input_ids"])}
         found = evaluate_model(Knowing(known), tokenizer, task, rows, encoded, SETTINGS)
         assert found["score"] == pytest.approx(sign * 100)
+
+
+def test_one_label_for_all_is_the_most_frequent_one_of_training(profile_file, monkeypatch):
+    profile, splits = load_profile(profile_file()), {"train": [0, 1, 1], "validation": [1, 0, 0, 0]}
+    data = {name: Dataset.from_dict({"label": labels}) for name, labels in splits.items()}
+    monkeypatch.setattr(experiments, "load_task", lambda *_: data)
+    (spec,) = plans.majority(profile)
+    assert spec.task == "world_sentiment"
+    found = experiments.execute(spec, profile)
+    assert found == {"label": 1, "score": 25.0, "accuracy": 25.0, "constant_prediction": 1.0}
+    with pytest.raises(StudyError, match=r"world_qa.*no labels to count"):
+        experiments.execute(MajoritySpec(task="world_qa", data="embedded"), profile)

@@ -96,7 +96,7 @@ def test_a_notebooks_plans_are_those_that_it_names(tmp_path):
     (tmp_path / "00.ipynb").write_text('"runs = ensure(plans.engine_latency(study))\\n", "plans.dense(x)", "plans.y"')
     assert fanout.plans_of([tmp_path / "00.ipynb"]) == ["dense", "engine_latency"]
     real = ROOT / "notebooks" / "05_poor_mans_bert.ipynb"
-    assert fanout.plans_of([real]) == ["contributions", "poor_mans_bert", "halved_speed"]
+    assert fanout.plans_of([real]) == ["majority", "contributions", "poor_mans_bert", "halved_speed"]
 
 
 def test_each_job_gets_a_gpu_of_its_own(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from lib.specs import (
     ImportanceSpec,
     LatencyModel,
     LatencySpec,
+    MajoritySpec,
     Spec,
     StockComparisonSpec,
     TrainingSpeedSpec,
@@ -102,6 +103,7 @@ SPECS: list[Spec] = [
     TRAIN.model_copy(update={"informed_by": (TRAIN, GAIN, GAIN.model_copy(update={"method": "leave_one_out"}))}),
     GAIN,
     ContributionSpec(task="rte", data="local", encoder="minilm", max_length=64, examples=8),
+    MajoritySpec(task="rte", data="local"),
     LATENCY,
     TrainingSpeedSpec(models=MODEL, dense="minilm", batch=2, length=8, threads=1, rounds=2, bf16=False),
     StockComparisonSpec(

@@ -8,7 +8,9 @@ from lib.analysis import of_same_seed
 from lib.config import StudyError
 from lib.data import TASKS
 from lib.runs import Record
-from lib.specs import ContributionSpec, TrainSpec
+from lib.specs import ContributionSpec, MajoritySpec, TrainSpec
+
+MARGIN = 5.0  # points that a dense score must lie above the most frequent label's for its retained share to say much
 
 PROCEDURES = {
     "dense": "dense",
@@ -35,10 +37,15 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per training run: task, seed, procedure, dropped layers, score (percent) and retained share.
 
     ``retained`` is the score as a share (percent) of the dense score of the same task and seed; NaN without one.
+    ``floor`` is the score of always giving the most frequent label, where ``records`` hold it; a task is
+    ``informative`` unless its dense score, mean over seeds, lies less than ``MARGIN`` above the floor: whatever one
+    does to such a model, nearly all of its score remains.
     """
-    rows = []
+    rows, floors = [], {}
     for record in records:
         spec = record.spec
+        if isinstance(spec, MajoritySpec):
+            floors[spec.task] = record["score"]
         if not isinstance(spec, TrainSpec):
             continue
         training = record.result.get("training", {})
@@ -56,6 +63,8 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
     dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["score"]
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
     frame["k"] = frame["drop"].map(len)
+    frame["floor"] = frame["task"].map(floors).astype(float)
+    frame["informative"] = ~(frame["task"].map(dense.groupby("task").mean()) - frame["floor"] < MARGIN)
     return frame
 
 

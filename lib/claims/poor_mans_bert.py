@@ -17,7 +17,8 @@ def verdicts(layers: int, curves: pd.DataFrame, orders: pd.DataFrame, training: 
 
     Args:
         layers: of the profile's encoder.
-        curves: rows of ``analysis.strategy_frame`` for "before", variants ``K=…``.
+        curves: rows of ``analysis.strategy_frame`` for "before", variants ``K=…``; as in ``orders``, tasks that are not
+            ``informative`` are left out of the verdicts, and named.
         orders: rows of ``analysis.strategy_frame`` of several procedures, complete per task and seed.
         training: ``analysis.training_speed_frame`` with ``dropped (%)``; may be empty.
         inference: ``analysis.latency_frame`` with ``time saved (%)`` and ``dropped (%)``; may be empty.
@@ -85,8 +86,9 @@ def _retained(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     ours = glue[(glue["strategy"] == "top") & (2 * glue["k"] == layers)]
     if ours.empty:
         return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
+    ours, left_out = _informative(ours)
     means = ours.groupby("task")["retained"].mean()
-    evidence = f"mean over {len(means)} tasks, {_seeds(ours)}; the paper's is over 7 GLUE tasks"
+    evidence = f"mean over {len(means)} tasks, {_seeds(ours)}; the paper's is over 7 GLUE tasks{left_out}"
     spread = f" ({means.min():.1f} to {means.max():.1f})" if means.max() - means.min() >= 0.1 else ""
     shown, holds = f"{means.mean():.1f} %{spread}", means >= printed - QUALITY_TOLERANCE
     return verdict(claim, "quality", f"{printed:.1f} %", shown, holds, evidence, seeds_of(ours))
@@ -96,22 +98,28 @@ def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     claim = "Dropping from the top is the best or near-best strategy"
     at_half = glue[2 * glue["k"] == layers]
     shared = at_half.groupby(["task", "seed"])["strategy"].transform("nunique") == at_half["strategy"].nunique()
-    means = at_half[shared].groupby("strategy")["retained"].mean().sort_values(ascending=False)
+    compared, left_out = _informative(at_half[shared])
+    means = compared.groupby("strategy")["retained"].mean().sort_values(ascending=False)
     if "top" not in means or len(means) < 2:
         return verdict(claim, "quality", "best at K = 6", NOT_RUN, None, "")
     best = means.index[0]
     ours = f"{list(means.index).index('top') + 1} of {len(means)}" + (
         "" if best == "top" else f" ({best} {means.iloc[0]:.1f} %, top {means['top']:.1f} %)"
     )
-    compared = at_half[shared]
-    evidence = f"retained share at half of the layers, {compared['task'].nunique()} tasks, {_seeds(compared)}"
+    evidence = f"retained share at half of the layers, {compared['task'].nunique()} tasks, {_seeds(compared)}{left_out}"
     holds = bool(means["top"] >= means.iloc[0] - QUALITY_TOLERANCE)
     return verdict(claim, "quality", "best at K = 6", ours, holds, evidence, seeds_of(compared))
 
 
+def _informative(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows of informative tasks, and what to say of the others."""
+    titles = ", ".join(rows[~rows["informative"]]["title"].unique())
+    return rows[rows["informative"]], f"; left out, dense close to one label for all: {titles}" if titles else ""
+
+
 def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     printed = "comparable" if procedure == "after" else "no gain"
-    both = orders[orders["procedure"].isin(["before", procedure])]
+    both, left_out = _informative(orders[orders["procedure"].isin(["before", procedure])])
     pairs = both.pivot_table(index=["k", "task", "seed"], columns="procedure", values="retained").dropna()
     if both["procedure"].nunique() < 2 or pairs.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
@@ -122,7 +130,7 @@ def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     compared = pairs.reset_index()
     evidence = f"retained share, paired over {len(pairs)} (K, task, seed), {_seeds(compared)}; 95 % bootstrap interval"
     holds = bool(gained <= QUALITY_TOLERANCE)
-    return verdict(claim, "quality", printed, ours, holds, evidence, seeds_of(compared))
+    return verdict(claim, "quality", printed, ours, holds, evidence + left_out, seeds_of(compared))
 
 
 def _seeds(frame: pd.DataFrame) -> str:

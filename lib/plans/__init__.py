@@ -12,7 +12,7 @@ from lib.plans.block_movement import (
     trained_speed,
     training_overhead,
 )
-from lib.plans.common import SPEED_ARCHITECTURES, dense, encoder_layers, engine_latency, stock_comparison
+from lib.plans.common import SPEED_ARCHITECTURES, dense, encoder_layers, engine_latency, majority, stock_comparison
 from lib.plans.frontier import frontier, recipe_latency, recipes
 from lib.plans.fullyqt import fully_quantized, translation, translation_speed
 from lib.plans.kronecker import factorisation, kronecker, kronecker_speed
@@ -32,7 +32,7 @@ from lib.specs import Spec
 __all__ = [
     "MEASURED_FIRST", "PLANS", "SPEED_ARCHITECTURES", "block_movement", "block_sparse_speed", "contributions",
     "dense", "encoder_layers", "engine_latency", "factorisation", "fisher_cost", "frontier", "fully_quantized",
-    "halved_speed", "kronecker", "kronecker_speed", "layer_dropping", "layer_sets", "make_plan", "obert",
+    "halved_speed", "kronecker", "kronecker_speed", "layer_dropping", "layer_sets", "majority", "make_plan", "obert",
     "operating_speed", "point_name", "published_checkpoints", "published_shape_speed", "recipe_latency", "recipes",
     "similarity_of", "sparse_speed", "stock_comparison", "structured_qa", "trained_speed", "training_overhead",
     "translation", "translation_speed",
@@ -44,6 +44,7 @@ PLANS: dict[str, Callable[[Profile], list[Spec]]] = {
     "block_sparse_speed": block_sparse_speed,
     "training_overhead": lambda profile: [training_overhead(profile)],
     "dense": dense,
+    "majority": majority,
     "engine_latency": engine_latency,
     "stock_comparison": lambda profile: [stock_comparison(profile)],
     "contributions": contributions,

@@ -3,7 +3,7 @@
 from lib.data import get_task
 from lib.models import layer_count, load_config
 from lib.settings import Profile
-from lib.specs import LatencyModel, LatencySpec, Spec, StockComparisonSpec, data_source, dense_spec
+from lib.specs import LatencyModel, LatencySpec, MajoritySpec, Spec, StockComparisonSpec, data_source, dense_spec
 
 # The published BERT sizes whose speed is measured, by the names that profiles use.
 SPEED_ARCHITECTURES = {"tiny": "tiny", "base": "bert-base-uncased", "large": "bert-large-uncased"}
@@ -18,6 +18,12 @@ def dense(profile: Profile) -> list[Spec]:
     """Dense baselines of every task and seed, first seeds first."""
     order = [(seed, task) for seed in profile.seeds for task in profile.tasks if seed in profile.task_seeds(task)]
     return [dense_spec(profile, task, seed) for seed, task in order if get_task(task).kind != "translation"]
+
+
+def majority(profile: Profile) -> list[Spec]:
+    """What always giving the most frequent label scores, for every classification task of the profile."""
+    tasks = [task for task in profile.tasks if get_task(task).kind == "classification"]
+    return [MajoritySpec(task=task, data=data_source(profile, task)) for task in tasks]
 
 
 def engine_latency(profile: Profile) -> list[Spec]:
