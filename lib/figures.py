@@ -241,13 +241,15 @@ def band_plot(
     drawn = pd.DataFrame([{x: key, y: i.mean, "low": i.low, "high": i.high, "n": i.n} for key, i in intervals.items()])
     style = style_of(method, published) | ({"label": label} if label else {})
     ax.plot(drawn[x], drawn[y], **style, zorder=3)
-    if drawn["low"].notna().any():
-        # white edges keep the bands apart where they overlap; a single x gets an error bar, a band would be invisible
-        if len(drawn) == 1:
-            errors = np.abs(drawn[["low", "high"]].to_numpy().T - drawn[y].to_numpy())
-            ax.errorbar(drawn[x], drawn[y], errors, color=style["color"], capsize=2, linewidth=0.9, zorder=2)
-        else:
-            ax.fill_between(drawn[x], drawn["low"], drawn["high"], color=style["color"], alpha=0.18, lw=0, zorder=2)
+    known = drawn["low"].notna()
+    if (known & known.shift(1, fill_value=False)).any():
+        ax.fill_between(drawn[x], drawn["low"], drawn["high"], color=style["color"], alpha=0.18, lw=0, zorder=2)
+    # where no neighbour has an interval the band has no width: an error bar instead
+    alone = drawn[known & ~known.shift(1, fill_value=False) & ~known.shift(-1, fill_value=False)]
+    if len(alone):
+        errors = np.abs(alone[["low", "high"]].to_numpy().T - alone[y].to_numpy())
+        bars = {"color": style["color"], "capsize": 2, "linewidth": 0.9, "linestyle": "", "zorder": 2}
+        ax.errorbar(alone[x], alone[y], errors, **bars)
     drawn.insert(0, "method", method)
     drawn.insert(1, "published", published)
     return drawn

@@ -125,8 +125,15 @@ def test_band_plot_draws_what_it_returns():
     assert len(ax.collections) == 1
     assert (rows["low"] <= rows["score"]).all() and (rows["score"] <= rows["high"]).all()
 
+    _, ax = figures.new_figure()
+    lonely = pd.DataFrame({"K": [0, 1, 1, 2, 3, 3], "score": [9.0, 7.0, 8.0, 6.0, 3.0, 5.0]})
+    figures.band_plot(ax, lonely, "K", "score", "odd")
+    (bars,) = ax.containers  # a band would have no width at K = 1 and K = 3
+    assert bars.lines[0].get_xdata().tolist() == [1, 3] and len(ax.collections) == 1
+
+    _, ax = figures.new_figure()
     single = figures.band_plot(ax, frame.iloc[:2], "K", "score", "even")
-    assert single["low"].isna().all() and len(ax.collections) == 1
+    assert single["low"].isna().all() and not ax.collections and not ax.containers
     with pytest.raises(StudyError, match="no rows for method 'even'"):
         figures.band_plot(ax, frame.iloc[:0], "K", "score", "even")
 

@@ -19,7 +19,7 @@ def verdicts(layers: int, curves: pd.DataFrame, orders: pd.DataFrame, training: 
         layers: of the profile's encoder.
         curves: rows of ``analysis.strategy_frame`` for "before", variants ``K=…``; as in ``orders``, tasks that are not
             ``informative`` are left out of the verdicts, and named.
-        orders: rows of ``analysis.strategy_frame`` of several procedures, complete per task and seed.
+        orders: rows of ``analysis.strategy_frame`` of several procedures; paired here by K, task and seed.
         training: ``analysis.training_speed_frame`` with ``dropped (%)``; may be empty.
         inference: ``analysis.latency_frame`` with ``time saved (%)`` and ``dropped (%)``; may be empty.
     """
