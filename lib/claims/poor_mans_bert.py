@@ -129,6 +129,7 @@ def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     gained = abs(gain.mean) if procedure == "after" else gain.mean
     compared = pairs.reset_index()
     evidence = f"retained share, paired over {len(pairs)} (K, task, seed), {_seeds(compared)}; 95 % bootstrap interval"
+    evidence += "; fine-tuned twice, each time as long as the others" if procedure == "after" else ""
     holds = bool(gained <= QUALITY_TOLERANCE)
     return verdict(claim, "quality", printed, ours, holds, evidence + left_out, seeds_of(compared))
 
