@@ -324,6 +324,10 @@ def test_a_dense_score_near_one_label_for_all_says_nothing():
         row = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim").loc[claim]
         assert row["verdict"] == ("does not hold here" if left_out else "holds in part")
         assert row["evidence"].endswith("left out, dense close to one label for all: RTE") is left_out
+    curves = strategy_frame(quality_frame([*runs, *(majority(task, 79.0) for task in TASKS)]), HALVES)
+    row = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim").loc[claim]
+    assert (row["ours"], row["verdict"]) == (claims.NOT_RUN, "not testable here")
+    assert row["evidence"] == "left out, dense close to one label for all: RTE, CoLA"
 
 
 def test_without_runs_everything_but_the_size_is_not_run_yet():

@@ -329,6 +329,7 @@ def test_the_notebooks_command_says_it_too(case, tmp_path):
     if case in NOTEBOOKS:  # refused before anything starts
         assert out == "" and not (tmp_path / "results").exists()
     assert not list(tmp_path.glob("results/runs/*"))
+    assert all(path.name.endswith(".failed.ipynb") for path in tmp_path.glob("results/notebooks/*"))
 
 
 def test_the_data_directory_of_the_environment_is_named(user):

@@ -83,10 +83,9 @@ def _retained(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     claim = "Half of the layers, dropped from the top, keep nearly all of the score"
     theirs = published_retained("sajjad2020", 12, place="v1 Table 1", model="BERT-base")
     printed = theirs[theirs["dropped_share"] == 0.5]["retained"].mean()
-    ours = glue[(glue["strategy"] == "top") & (2 * glue["k"] == layers)]
+    ours, left_out = _informative(glue[(glue["strategy"] == "top") & (2 * glue["k"] == layers)])
     if ours.empty:
-        return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
-    ours, left_out = _informative(ours)
+        return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, left_out.removeprefix("; "))
     means = ours.groupby("task")["retained"].mean()
     evidence = f"mean over {len(means)} tasks, {_seeds(ours)}; the paper's is over 7 GLUE tasks{left_out}"
     spread = f" ({means.min():.1f} to {means.max():.1f})" if means.max() - means.min() >= 0.1 else ""
@@ -101,7 +100,7 @@ def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     compared, left_out = _informative(at_half[shared])
     means = compared.groupby("strategy")["retained"].mean().sort_values(ascending=False)
     if "top" not in means or len(means) < 2:
-        return verdict(claim, "quality", "best at K = 6", NOT_RUN, None, "")
+        return verdict(claim, "quality", "best at K = 6", NOT_RUN, None, left_out.removeprefix("; "))
     best = means.index[0]
     ours = f"{list(means.index).index('top') + 1} of {len(means)}" + (
         "" if best == "top" else f" ({best} {means.iloc[0]:.1f} %, top {means['top']:.1f} %)"
@@ -122,7 +121,7 @@ def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     both, left_out = _informative(orders[orders["procedure"].isin(["before", procedure])])
     pairs = both.pivot_table(index=["k", "task", "seed"], columns="procedure", values="retained").dropna()
     if both["procedure"].nunique() < 2 or pairs.empty:
-        return verdict(claim, "quality", printed, NOT_RUN, None, "")
+        return verdict(claim, "quality", printed, NOT_RUN, None, left_out.removeprefix("; "))
     gain = bootstrap_interval(pairs[procedure] - pairs["before"])
     interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ", a single pair"
     ours = f"{gain.mean:+.1f} points{interval}"
