@@ -7,7 +7,6 @@ everywhere (Okabe-Ito without yellow; dense is black); ours is filled, published
 
 import io
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -230,26 +229,30 @@ def band_plot(
     published: bool = False,
     label: str | None = None,
     seed: int = 0,
+    shift: float = 0.0,
 ) -> pd.DataFrame:
-    """Draw the mean of ``y`` at each ``x`` with its bootstrap band; one row of ``frame`` is one seed.
+    """Draw the mean of ``y`` at each ``x`` with its bootstrap interval; one row of ``frame`` is one seed.
 
-    Returns what was drawn, for ``save_figure``: columns ``method``, ``published``, x, y, ``low``, ``high``, ``n``.
+    ``shift``, in units of ``x``, moves what is drawn aside, so that several methods' error bars at one ``x`` can be
+    told apart. Returns what was drawn, for ``save_figure``: columns ``method``, ``published``, x (not moved), y,
+    ``low``, ``high``, ``n``.
     """
     if frame.empty:
         raise StudyError(f"band_plot: no rows for method '{method}'; nothing was measured or the filter is wrong")
     intervals = {key: bootstrap_interval(group, seed) for key, group in frame.groupby(x, sort=True)[y]}
     drawn = pd.DataFrame([{x: key, y: i.mean, "low": i.low, "high": i.high, "n": i.n} for key, i in intervals.items()])
     style = style_of(method, published) | ({"label": label} if label else {})
-    ax.plot(drawn[x], drawn[y], **style, zorder=3)
+    at = drawn[x] + shift if shift else drawn[x]
+    ax.plot(at, drawn[y], **style, zorder=3)
     known = drawn["low"].notna()
     if (known & known.shift(1, fill_value=False)).any():
-        ax.fill_between(drawn[x], drawn["low"], drawn["high"], color=style["color"], alpha=0.18, lw=0, zorder=2)
+        ax.fill_between(at, drawn["low"], drawn["high"], color=style["color"], alpha=0.18, lw=0, zorder=2)
     # where no neighbour has an interval the band has no width: an error bar instead
     alone = drawn[known & ~known.shift(1, fill_value=False) & ~known.shift(-1, fill_value=False)]
     if len(alone):
         errors = np.abs(alone[["low", "high"]].to_numpy().T - alone[y].to_numpy())
         bars = {"color": style["color"], "capsize": 2, "linewidth": 0.9, "linestyle": "", "zorder": 2}
-        ax.errorbar(alone[x], alone[y], errors, **bars)
+        ax.errorbar(at[alone.index], alone[y], errors, **bars)
     drawn.insert(0, "method", method)
     drawn.insert(1, "published", published)
     return drawn
@@ -263,8 +266,8 @@ def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
     if counts == [1]:
         return f"Single runs (n = 1 of {of}), so no interval."
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    note = f"Mean and 95 % bootstrap band over n = {span} {of}"
-    return f"{note}; no band where n = 1." if counts[0] == 1 else f"{note}."
+    note = f"Mean and 95 % bootstrap interval (band or bar) over n = {span} {of}"
+    return f"{note}; no interval where n = 1." if counts[0] == 1 else f"{note}."
 
 
 def retained_line(ax: Axes, dense: float, share: float = 0.99) -> float:
@@ -316,50 +319,6 @@ def _named_once(found: dict[str, Any]) -> dict[str, Any]:
     ours = Line2D([], [], color=GREY, marker="o")
     published = Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle=DASHES)
     return entries | {"Ours": ours, "Published": published}
-
-
-def label_lines(ax: Axes, gap: float = 7.5) -> None:
-    """Write each line's label at its right end in its colour, instead of a legend; ``gap`` points apart at least."""
-    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-    if not lines:
-        return
-    figure: Any = ax.figure
-    figure.draw_without_rendering()  # data limits become final, so that heights can be compared in points
-    scale = 72 / figure.dpi
-    ends = [np.column_stack([line.get_xdata(), line.get_ydata()]).astype(float) for line in lines]
-    ends = [points[~np.isnan(points).any(axis=1)][-1] for points in ends]
-    right = max(end[0] for end in ends)
-    heights = [ax.transData.transform(end)[1] * scale for end in ends]
-    for index, place in zip(np.argsort(heights), _apart(sorted(heights), gap), strict=True):
-        ax.annotate(
-            lines[index].get_label(),
-            xy=(right, ends[index][1]),
-            xytext=(6, place - heights[index]),
-            textcoords="offset points",
-            color=lines[index].get_color(),
-            fontsize=7,
-            va="center",
-            ha="left",
-            annotation_clip=False,
-        )
-
-
-def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending ``heights`` moved as little as needed to be ``gap`` apart: pools of neighbours share their mean."""
-    pools: list[list[float]] = []
-    for height in heights:
-        pools.append([height])
-        while len(pools) > 1 and _low(pools[-1], gap) - _high(pools[-2], gap) < gap:
-            pools[-2:] = [pools[-2] + pools[-1]]
-    return [_low(pool, gap) + gap * i for pool in pools for i in range(len(pool))]
-
-
-def _low(pool: Sequence[float], gap: float) -> float:
-    return sum(pool) / len(pool) - gap * (len(pool) - 1) / 2
-
-
-def _high(pool: Sequence[float], gap: float) -> float:
-    return sum(pool) / len(pool) + gap * (len(pool) - 1) / 2
 
 
 def save_figure(fig: Figure, name: str, rows: pd.DataFrame, caption: str, folder: Path | str) -> dict[str, Path]:

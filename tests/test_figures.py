@@ -71,7 +71,8 @@ def test_size_resolution_fonts_and_rows(saved):
     rows = pd.read_csv(folder / "drops.csv")
     assert list(rows.columns) == ["method", "published", "K", "score", "low", "high", "n"]
     assert rows["n"].tolist() == [2] * 6 and rows["published"].tolist() == [False] * 3 + [True] * 3
-    assert (folder / "drops.txt").read_text() == "Toy. Mean and 95 % bootstrap band over n = 2 seeds.\n"
+    interval = "Mean and 95 % bootstrap interval (band or bar) over n = 2 seeds."
+    assert (folder / "drops.txt").read_text() == f"Toy. {interval}\n"
 
 
 def test_every_method_has_its_own_look_and_dense_is_black():
@@ -132,6 +133,12 @@ def test_band_plot_draws_what_it_returns():
     assert bars.lines[0].get_xdata().tolist() == [1, 3] and len(ax.collections) == 1
 
     _, ax = figures.new_figure()
+    moved = figures.band_plot(ax, lonely, "K", "score", "odd", shift=0.25)
+    assert moved["K"].tolist() == [0, 1, 2, 3]  # the data keep their place, the drawing does not
+    assert ax.get_lines()[0].get_xdata().tolist() == [0.25, 1.25, 2.25, 3.25]
+    assert ax.containers[0].lines[0].get_xdata().tolist() == [1.25, 3.25]
+
+    _, ax = figures.new_figure()
     single = figures.band_plot(ax, frame.iloc[:2], "K", "score", "even")
     assert single["low"].isna().all() and not ax.collections and not ax.containers
     with pytest.raises(StudyError, match="no rows for method 'even'"):
@@ -143,7 +150,7 @@ def test_band_plot_draws_what_it_returns():
     [
         ([3, 3], "over n = 3 seeds."),
         ([2, 5], "over n = 2 to 5 seeds."),
-        ([1, 3], "n = 1 to 3 seeds; no band where n = 1."),
+        ([1, 3], "n = 1 to 3 seeds; no interval where n = 1."),
         ([1, 1], "Single runs (n = 1 of seeds), so no interval."),
     ],
 )
@@ -151,20 +158,13 @@ def test_captions_say_how_many(counts, says):
     assert figures.spread_note(pd.DataFrame({"n": counts})).endswith(says)
 
 
-def test_legend_and_line_labels_cover_no_data():
+def test_a_legend_covers_no_data():
     fig, ax = figures.new_figure()
     for i, method in enumerate(["top", "bottom", "odd", "even"]):
         ax.plot([0, 1, 2], [90, 85, 80 - 0.01 * i], **figures.style_of(method))
     figures.outside_legend(fig)
     fig.draw_without_rendering()
     assert not fig.legends[0].get_window_extent().overlaps(ax.get_window_extent())
-
-    figures.label_lines(ax)
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert len(boxes) == 4
-    for i, box in enumerate(boxes):
-        assert box.x0 > ax.transData.transform((2, 80))[0]
-        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
 
 def test_a_legend_of_ours_and_published_names_each_method_once():
@@ -174,13 +174,6 @@ def test_a_legend_of_ours_and_published_names_each_method_once():
     ax.plot([0, 1], [2, 3], **figures.style_of("odd", published=True))
     figures.outside_legend(fig)
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["Top", "Odd alternate", "Ours", "Published"]
-
-
-def test_labels_that_would_collide_move_apart_as_little_as_needed():
-    assert figures._apart([0, 100], 10) == [0, 100]
-    assert figures._apart([50, 50, 50], 10) == [40, 50, 60]
-    apart = figures._apart([0, 4, 8, 30], 10)
-    assert apart == sorted(apart) and min(np.diff(apart)) >= 10 and sum(apart) == pytest.approx(42)
 
 
 def test_retained_line_lies_at_the_share():

@@ -100,6 +100,16 @@ def test_engines_that_are_not_here_are_left_out_of_the_plan(study, monkeypatch):
     assert {model.group for spec in plan for model in spec.models.values() if model.sparsity} == {1, 4}
 
 
+def test_a_run_on_a_sparse_engine_holds_the_models_of_one_sparsity(study):
+    update = {"speed_sparsities": (0.8, 0.9), "sparse_engines": (("pytorch-csr-fp32",),)}
+    several = study.obert.model_copy(update=update)
+    plan = sparse_speed(study.model_copy(update={"obert": several}))[1:]
+    held = [[(model.sparsity, model.group) for model in spec.models.values()] for spec in plan]
+    whole, shorter = [(0, 1), (0.8, 1), (0.8, 4)], [(0, 1), (0, 1), (0.8, 1), (0.8, 4)]
+    second = [(0, 1), (0.9, 1), (0.9, 4)]
+    assert held == [whole, second, shorter, second]
+
+
 def test_texts_are_unlabelled_and_different():
     rows = load_task("world_qa", "embedded", None, 60, 8)["train"]
     found = texts(TASKS["world_qa"], rows)
