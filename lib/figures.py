@@ -65,7 +65,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "symmetric": (GREEN, "s", "Symmetric"),
     "contribution": (PURPLE, "P", "Contribution"),
     # fully quantized Transformer
-    "int8": (SKY, "s", "8 bit"),
+    "int8": (SKY, "v", "8 bit"),
     "int6": (SKY, "<", "6 bit"),
     "int4": (SKY, ">", "4 bit"),
     "quantized-aware": (SKY, "o", "Trained on with rounding"),
