@@ -34,18 +34,20 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from lib.agreement import check_agreement, random_batch
 from lib.config import StudyError
 from lib.engines import ENGINES, Prepared, available_engines, prepare, safetensors_bytes, unavailable_reason
 from lib.fisher_speed import fisher_report
+from lib.gates import head_size
 from lib.memory import peak_memory
-from lib.models import ARCHITECTURES, layers, load_model, random_model
+from lib.models import ARCHITECTURES, count_parameters, layers, load_model, random_model
 from lib.onnx_export import evaluation_copy, quiet
 from lib.quantized_layers import is_quantized
 from lib.quantized_storage import stored_bytes
-from lib.surgery import drop_layers
+from lib.surgery import drop_layers, layer_shapes
 from lib.training_speed import overhead_report, training_report
 
 __all__ = ["check_agreement", "flops", "latency", "memory_traffic", "peak_memory", "random_batch", "size_on_disk"]
@@ -167,6 +169,29 @@ def size_on_disk(model: nn.Module) -> int:
     A quantised model counts as the packed integers that it is stored as.
     """
     return stored_bytes(model) if is_quantized(model) else safetensors_bytes(model)
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """Size of a model: parameters in all and in the encoder's layers, and bytes as safetensors.
+
+    ``shapes`` is the (heads, FFN units) of every layer, None where layers are not made of plain linear maps.
+    """
+    stack = layers(model)
+    return {
+        "layers": len(stack),
+        "parameters": count_parameters(model),
+        "layer_parameters": count_parameters(stack),
+        "size_bytes": size_on_disk(model),
+        "shapes": _heads_and_units(model),
+    }
+
+
+def _heads_and_units(model: PreTrainedModel) -> list[list[int]] | None:
+    try:
+        size = head_size(model)
+        return [[shape["attention"] // size, shape["units"]] for shape in layer_shapes(model)]
+    except StudyError:
+        return None
 
 
 def flops(model: nn.Module, batch: int, length: int) -> int:

@@ -157,6 +157,17 @@ def get_task(name: str) -> Task:
         raise StudyError(f"unknown task '{name}'; allowed: {', '.join(TASKS)}")
     return TASKS[name]
 
+def encoder_task(name: str) -> Task:
+    """The task called ``name``, for an encoder under a head; translation has other models.
+
+    Raises:
+        StudyError: there is no such task, or it is a translation task.
+    """
+    task = get_task(name)
+    if task.kind == "translation":
+        raise StudyError(f"task '{name}' is translation; an encoder is fine-tuned on question answering or sentences")
+    return task
+
 
 def load_task(
     name: str,

@@ -14,32 +14,25 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import benchmark, distributed, engine_quality, engines, importance, training_speed
-from lib.agreement import check_agreement, random_batch
+from lib import benchmark, distributed, engine_quality, importance
 from lib.batches import TrainingData
-from lib.block_sparse import zero_blocks
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.layer_dropping import layer_contributions
 from lib.config import StudyError
-from lib.data import Task, get_task, load_task
+from lib.data import encoder_task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import evaluate_model
 from lib.fisher_speed import fisher_cost
-from lib.gates import head_size
-from lib.kronecker_models import factorise
 from lib.metrics import score
-from lib.models import ARCHITECTURES, count_parameters, layers, load_model, load_tokenizer, random_model
-from lib.progress import say
+from lib.models import load_model, load_tokenizer
 from lib.runs import hold_lock, obtain
 from lib.settings import Profile
-from lib.sparse_layers import zero_at_random
 from lib.specs import (
     ContributionSpec,
     EngineQualitySpec,
     FactorisationSpec,
     FisherCostSpec,
     ImportanceSpec,
-    LatencyModel,
     LatencySpec,
     MajoritySpec,
     Spec,
@@ -53,7 +46,8 @@ from lib.specs import (
     label,
     spec_hash,
 )
-from lib.surgery import cut, drop_layers, layer_shapes, load_compressed, save_compressed
+from lib.speed_runs import run_latency, run_stock_comparison, run_training_speed
+from lib.surgery import load_compressed, save_compressed
 from lib.text_distillation import factorisation_errors, run_text_distillation, under_head
 from lib.training import TrainingSettings, device, encode, fine_tune, use_bf16
 from lib.translation_runs import run_translation
@@ -119,7 +113,7 @@ def finished_model(
 
 def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) -> dict[str, Any]:
     """Load, compress, fine-tune, cut out, measure. Dense baselines and ``keep_weights`` leave their weights behind."""
-    task = _language_understanding(spec.task)
+    task = encoder_task(spec.task)
     settings = spec.training
     data = _task_data(spec, profile)
     checkpoints = profile.results / "checkpoints" / spec_hash(spec)
@@ -143,7 +137,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     result |= evaluate_model(
         model, tokenizer, task, data["validation"], features, settings, f"{label(spec)}, evaluating"
     )
-    result["model"] = describe(model)
+    result["model"] = benchmark.describe(model)
     result["compression"] = compressor.summary()
     if keep_weights or _worth_keeping(spec, profile):
         _keep(model, tokenizer, weights_folder(profile, spec))
@@ -163,14 +157,6 @@ def _worth_keeping(spec: TrainSpec, profile: Profile) -> bool:
         return hybrid and spec.teacher is not None and tuple(settings.get("block", ())) == wanted
     pruned = spec.compressor.name in ("structured", "obert", "refill")
     return pruned and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
-
-
-def _language_understanding(name: str) -> Task:
-    """The task called ``name``, for an encoder under a head; translation has other models."""
-    task = get_task(name)
-    if task.kind == "translation":
-        raise StudyError(f"task '{name}' is translation; an encoder is fine-tuned on question answering or sentences")
-    return task
 
 
 def _task_data(spec: TrainSpec, profile: Profile) -> DatasetDict:
@@ -205,29 +191,6 @@ def _encoded(task: str, source: str, data_dir: Path | None, encoder: str, settin
     data = _load(task, source, data_dir, values["train_examples"], values["eval_examples"])[split]
     lengths = TrainingSettings(epochs=1, batch_size=1, learning_rate=1, **values)
     return encode(get_task(task), data, load_tokenizer(encoder), lengths, training=split == "train")
-
-
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """Size of a model: parameters in all and in the encoder's layers, and bytes as safetensors.
-
-    ``shapes`` is the (heads, FFN units) of every layer, None where layers are not made of plain linear maps.
-    """
-    stack = layers(model)
-    return {
-        "layers": len(stack),
-        "parameters": count_parameters(model),
-        "layer_parameters": count_parameters(stack),
-        "size_bytes": benchmark.size_on_disk(model),
-        "shapes": _heads_and_units(model),
-    }
-
-
-def _heads_and_units(model: PreTrainedModel) -> list[list[int]] | None:
-    try:
-        size = head_size(model)
-        return [[shape["attention"] // size, shape["units"]] for shape in layer_shapes(model)]
-    except StudyError:
-        return None
 
 
 def _initial(spec: TrainSpec, profile: Profile) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -272,7 +235,7 @@ def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def run_importance(spec: ImportanceSpec, profile: Profile) -> dict[str, Any]:
     """Scores of the gates of a finished model, ``{"heads": per layer, ...}``; higher is more important."""
-    task, start = _language_understanding(spec.task), spec.start
+    task, start = encoder_task(spec.task), spec.start
     model, tokenizer = finished_model(profile, start)
     model.set_attn_implementation(start.training.attention)
     settings = start.training
@@ -290,7 +253,7 @@ def run_engine_quality(spec: EngineQualitySpec, profile: Profile) -> dict[str, A
     start = spec.start
     model, tokenizer = finished_model(profile, start)
     return engine_quality.quality_on_engine(
-        spec.engine, model, tokenizer, _language_understanding(spec.task), _task_data(start, profile)["validation"],
+        spec.engine, model, tokenizer, encoder_task(spec.task), _task_data(start, profile)["validation"],
         _features(start, profile, "validation"), _features(start, profile, "train"), start.training, spec.threads,
         spec.calibration, label(spec),
     )  # fmt: skip
@@ -298,7 +261,7 @@ def run_engine_quality(spec: EngineQualitySpec, profile: Profile) -> dict[str, A
 
 def run_contribution(spec: ContributionSpec, profile: Profile) -> dict[str, Any]:
     """Similarity of every layer's input and output, (n_layers,), on the first examples of the validation split."""
-    task = _language_understanding(spec.task)
+    task = encoder_task(spec.task)
     data = load_task(spec.task, spec.data, profile.data_dir, eval_examples=spec.examples)
     if spec.start:
         model, tokenizer = finished_model(profile, spec.start)
@@ -335,93 +298,3 @@ def run_majority(spec: MajoritySpec, profile: Profile) -> dict[str, Any]:
     answer = min(counts, key=lambda value: (-counts[value], value))
     references = data["validation"]["label"]
     return {"label": answer, **score(spec.task, [answer] * len(references), references)}
-
-
-def build(model: LatencyModel) -> PreTrainedModel:
-    """A model to time, with random weights: latency does not depend on their values."""
-    built = random_model(model.architecture, model.head)
-    drop_layers(built, model.drop)
-    if model.shapes:
-        cut(built, [range(heads) for heads, _ in model.shapes], [range(units) for _, units in model.shapes])
-    if model.kronecker:
-        factorise(built, model.kronecker, "random")
-    if model.sparsity:
-        zero_at_random(built, model.sparsity, model.group)
-    if model.attention_densities:
-        zero_blocks(built, model.attention_block, model.attention_densities)
-    return built
-
-
-def run_latency(spec: LatencySpec) -> dict[str, Any]:
-    """Every model on every engine at one batch and length, interleaved; engines that are not there are listed."""
-    unknown = [model.architecture for model in spec.models.values() if model.architecture not in ARCHITECTURES]
-    if unknown or spec.dense not in spec.models:
-        raise StudyError(
-            f"latency: '{unknown[0]}' is no architecture; known: {', '.join(ARCHITECTURES)}" if unknown
-            else f"latency: dense model '{spec.dense}' is not among {', '.join(spec.models)}"
-        )  # fmt: skip
-    candidates: dict[str, Any] = {}
-    sizes, agreement, file_bytes, unavailable = {}, {}, {}, {}
-    vocabulary = min(ARCHITECTURES[model.architecture].vocab_size for model in spec.models.values())
-    longest = min(ARCHITECTURES[model.architecture].max_position_embeddings for model in spec.models.values())
-    short = min(24, longest)
-    checks = [
-        random_batch(2, short, vocabulary, 1, padding=short // 2),
-        random_batch(3, short - 7, vocabulary, 2, padding=4),
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, wanted in spec.models.items():
-            model = build(wanted)
-            sizes[name] = describe(model) | {
-                "flops": benchmark.flops(model, spec.batch, spec.length),
-                "traffic_bytes": benchmark.memory_traffic(model, spec.batch, spec.length),
-            }
-            for engine in spec.engines:
-                if reason := engines.unavailable_reason(engine):
-                    unavailable[engine] = reason
-                    continue
-                where = Path(folder) / name
-                prepared = engines.prepare(engine, model, checks[0], spec.threads, checks, where)
-                agreement[f"{name}/{engine}"] = check_agreement(prepared, model, checks)
-                file_bytes[f"{name}/{engine}"] = prepared.size_bytes
-                candidates[f"{name}/{engine}"] = prepared
-            del model
-        if not candidates:
-            raise StudyError("latency: no engine is available; " + "; ".join(unavailable.values()))
-        dense = {name: f"{spec.dense}/{spec.reference or name.partition('/')[2]}" for name in candidates}
-        rows = benchmark.latency(
-            candidates, spec.batch, spec.length, spec.threads, vocabulary, rounds=spec.rounds, dense=dense
-        )
-    for row in rows:
-        row["model"] = row["name"].partition("/")[0]
-        row["size_bytes"] = file_bytes[row["name"]]
-    return {"rows": rows, "models": sizes, "agreement": agreement, "unavailable": unavailable}
-
-
-def run_training_speed(spec: TrainingSpeedSpec) -> dict[str, Any]:
-    """Speed of full training steps, interleaved, and peak memory of each model in a process of its own."""
-    fields = {"architecture", "drop", "head"}
-    asked = {name: set(model.model_dump(exclude_defaults=True)) for name, model in spec.models.items()}
-    if other := [name for name, names in asked.items() if names - fields]:
-        raise StudyError(f"training speed: '{other[0]}' is more than a model with layers dropped; leave it out")
-    models = {name: model.model_dump(mode="json", include=fields) for name, model in spec.models.items()}
-    if strangers := sorted(set(spec.compressors) - set(models)):
-        raise StudyError(f"training speed: compressor for '{strangers[0]}', which is not among {', '.join(models)}")
-    for name, compressor in spec.compressors.items():
-        models[name]["compressor"] = compressor.model_dump(mode="json")
-    return training_speed.training_steps(
-        models, spec.dense, spec.batch, spec.length, spec.threads, spec.rounds, spec.bf16, spec.frozen_embeddings
-    )
-
-
-def run_stock_comparison(spec: StockComparisonSpec, profile: Profile) -> dict[str, Any]:
-    """Our loop against a stock Trainer on the same features, setting by setting."""
-    task = _language_understanding(spec.task)
-    data = load_task(spec.task, spec.data, profile.data_dir, train_examples=spec.examples, eval_examples=8)
-    settings = TrainingSettings(
-        epochs=1, batch_size=spec.batch, learning_rate=1e-4, max_length=spec.max_length, stride=spec.max_length // 4
-    )
-    features = encode(task, data["train"], load_tokenizer(spec.encoder), settings, training=True)
-    return training_speed.training_comparison(
-        spec.encoder, task.kind, features, spec.batch, spec.rounds, spec.threads, progress=say
-    )

@@ -281,8 +281,8 @@ def training_report(options: Any) -> str:
     Raises:
         StudyError: impossible value, unknown profile, missing data.
     """
-    from lib.experiments import run_stock_comparison
     from lib.plans import stock_comparison
+    from lib.speed_runs import run_stock_comparison
 
     for field in ("examples", "batch", "rounds", "threads"):
         if getattr(options, field) < 1:
@@ -314,8 +314,8 @@ def overhead_report(options: Any) -> str:
     Raises:
         StudyError: impossible value, unknown profile.
     """
-    from lib.experiments import run_training_speed
     from lib.plans import training_overhead
+    from lib.speed_runs import run_training_speed
 
     fields = ("batch", "length", "rounds", "threads")
     changes = {field: value for field in fields if (value := getattr(options, field)) is not None}

@@ -20,7 +20,7 @@ from lib.blocks import attention_parts
 from lib.claims import block_movement as claims_of
 from lib.compressors import CompressorSpec
 from lib.config import StudyError, load_profile
-from lib.experiments import build, run_latency, weights_folder
+from lib.experiments import weights_folder
 from lib.models import ARCHITECTURES
 from lib.plans.block_movement import COPIES, chunks, pruned, resident_bytes
 from lib.plots import block_movement as plots
@@ -28,6 +28,7 @@ from lib.published import published
 from lib.published_shapes import FILE, HEADLINE, distinct_shapes, published_shapes, shapes_frame
 from lib.runs import ensure
 from lib.specs import LatencyModel, LatencySpec, TrainSpec, label, parse_spec, spec_hash
+from lib.speed_runs import build, run_latency
 from lib.surgery import load_compressed
 
 # Published shapes
@@ -359,7 +360,7 @@ def test_overhead_command(capsys):
 
 
 def test_a_compressor_for_a_model_that_is_not_timed_is_refused(study):
-    from lib.experiments import run_training_speed
+    from lib.speed_runs import run_training_speed
 
     spec = plans.training_overhead(study)
     strange = spec.model_copy(update={"compressors": {"other": CompressorSpec(name="block_movement")}})
