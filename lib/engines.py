@@ -307,7 +307,7 @@ def _prepare_deepsparse(job: _Job) -> tuple[Run, int, str]:
             job.folder, "int8-operators.onnx", key, lambda made: quantize_operators(source, made, batches)
         )
     readable = cached_export(
-        job.folder, f"{file.stem}-ir.onnx", key, lambda made: deepsparse.lower_ir_version(file, made)
+        job.folder, f"{file.stem}-steps.onnx", key, lambda made: deepsparse.readable(file, made)
     )
     worker = deepsparse.Worker(readable, job.threads, len(job.names))
     return worker.run, export_bytes(readable), f"DeepSparse {worker.version}, CPU, its own process"

@@ -18,6 +18,7 @@ from lib.compressors.masked import encoder_linears
 from lib.config import StudyError
 from lib.int8_linear import AVERAGING, Int8Linear, round_to_int8
 from lib.models import random_model
+from lib.onnx_export import export_onnx
 from lib.sparse_layers import SparseLinear, make_sparse, zero_at_random
 from lib.sparse_storage import decode_bitmask, encode_bitmask, encode_csr, int8_scale, on_int8_grid, storage
 from lib.surgery import cut, save_compressed
@@ -281,9 +282,24 @@ def test_deepsparse_process_ends_with_its_model(worker):
     assert process.poll() is not None
 
 
-def test_graphs_are_written_in_a_version_that_deepsparse_reads(tmp_path):
+def test_graphs_are_written_as_deepsparse_reads_them_and_compute_the_same(tmp_path):
     onnx = pytest.importorskip("onnx")
-    graph = onnx.helper.make_graph([], "empty", [], [])
-    onnx.save(onnx.helper.make_model(graph, ir_version=10), tmp_path / "new.onnx")
-    deepsparse.lower_ir_version(tmp_path / "new.onnx", tmp_path / "old.onnx")
-    assert onnx.load(tmp_path / "old.onnx").ir_version == deepsparse.IR_VERSION < 10
+    runtime = pytest.importorskip("onnxruntime")
+    new, old = tmp_path / "new.onnx", tmp_path / "old.onnx"
+    export_onnx(random_model("tiny"), ("input_ids", "attention_mask"), new)
+    graph = onnx.load(new)
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("LayerNormalization") == 9  # after the embeddings, and two in each of four layers
+    graph.ir_version = 10
+    onnx.save(graph, new)
+    deepsparse.readable(new, old)
+    written = onnx.load(old)
+    onnx.checker.check_model(written)
+    assert written.ir_version == deepsparse.IR_VERSION < 10
+    steps = [node.op_type for node in written.graph.node]
+    assert "LayerNormalization" not in steps and steps.count("ReduceMean") - kinds.count("ReduceMean") == 18
+    batch = {name: random_batch(3, 12, 99, 1, padding=4)[name] for name in ("input_ids", "attention_mask")}
+    sessions = [runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"]) for file in (new, old)]
+    wanted, found = (session.run(None, batch) for session in sessions)
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)
