@@ -38,8 +38,8 @@ def _python() -> Path:
 def readable(source: Path, target: Path) -> None:
     """Write an ONNX graph again as DeepSparse reads it: an older file version, layer normalisation in single steps.
 
-    It has no kernel for the operator LayerNormalization and hands such a node to another runtime, which cuts the graph
-    into pieces and costs most of what sparsity saves; the steps that older exporters wrote it recognises.
+    It has no kernel for the operator LayerNormalization and hands such a node to another runtime, which cuts its graph
+    into pieces; it computes the steps that older exporters wrote.
     """
     import onnx
 

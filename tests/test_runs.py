@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lib import experiments, files, runs
+from lib import experiments, files, runs, speed_runs
 from lib.compressors import CompressorSpec
 from lib.config import ROOT, StudyError, load_profile
 from lib.distillation import Distillation
@@ -442,18 +442,18 @@ def test_weights_are_not_trained_while_their_record_is_computed(profile, monkeyp
 
 
 def test_training_speed_takes_a_spec_that_was_written_out_in_full(monkeypatch):
-    monkeypatch.setattr(experiments.training_speed, "training_steps", lambda models, *_: models)
+    monkeypatch.setattr(speed_runs.training_speed, "training_steps", lambda models, *_: models)
     dropped = {"full": LatencyModel(architecture="tiny"), "half": LatencyModel(architecture="tiny", drop=(3, 4))}
     spec = TrainingSpeedSpec(models=dropped, dense="full", batch=2, length=8, threads=1, rounds=2, bf16=False)
     written = parse_spec(json.loads(json.dumps(spec.model_dump(mode="json"))))
     assert isinstance(written, TrainingSpeedSpec)
-    assert experiments.run_training_speed(written) == experiments.run_training_speed(spec) == {
+    assert speed_runs.run_training_speed(written) == speed_runs.run_training_speed(spec) == {
         "full": {"architecture": "tiny", "drop": [], "head": "qa"},
         "half": {"architecture": "tiny", "drop": [3, 4], "head": "qa"},
     }  # fmt: skip
     cut = spec.model_copy(update={"models": dropped | {"cut": LatencyModel(architecture="tiny", shapes=((1, 2),) * 4)}})
     with pytest.raises(StudyError, match="'cut' is more than a model with layers dropped"):
-        experiments.run_training_speed(cut)
+        speed_runs.run_training_speed(cut)
 
 
 def test_stopping_while_a_model_is_evaluated_does_not_lose_its_training(profile_file, monkeypatch):
