@@ -366,3 +366,17 @@ def test_a_compressor_for_a_model_that_is_not_timed_is_refused(study):
     strange = spec.model_copy(update={"compressors": {"other": CompressorSpec(name="block_movement")}})
     with pytest.raises(StudyError, match="compressor for 'other', which is not among dense"):
         run_training_speed(strange)
+
+
+@pytest.mark.parametrize(
+    ("leads", "word"),
+    [
+        ([1.0, 2.0, 3.0], "holds"),
+        ([-1.0, -2.0, -3.0], "does not hold here"),
+        ([-3.1, 0.2, 4.4], "cannot tell: the interval holds zero"),
+        ([4.4], "too few seeds to tell (n = 1)"),
+    ],
+)
+def test_a_lead_whose_interval_holds_zero_decides_nothing(leads, word):
+    pairs = pd.DataFrame({"task": "mrpc", "seed": range(len(leads)), "lead": leads})
+    assert claims_of._difference("a claim", "+1", pairs, "seeds")["verdict"] == word
