@@ -157,6 +157,7 @@ def get_task(name: str) -> Task:
         raise StudyError(f"unknown task '{name}'; allowed: {', '.join(TASKS)}")
     return TASKS[name]
 
+
 def encoder_task(name: str) -> Task:
     """The task called ``name``, for an encoder under a head; translation has other models.
 

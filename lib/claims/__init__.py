@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from lib.figures import Interval
+
 SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
 ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
@@ -16,7 +18,7 @@ NOT_RUN = "not run yet"
 
 
 def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool] | None, evidence: str,
-            seeds: int | None = None) -> dict[str, str]:  # fmt: skip
+            seeds: int | None = None, lead: Interval | None = None) -> dict[str, str]:  # fmt: skip
     """One row of a table of verdicts.
 
     Args:
@@ -24,6 +26,7 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
         holds: one answer, or one for each engine or task, of which some may hold and others not; None means that the
             records at hand cannot tell.
         seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
+        lead: of one method over another, where the claim is about that; one whose interval holds zero is undecided too.
     """
     word = "not testable here"
     if holds is not None:
@@ -31,6 +34,8 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
         word = "holds" if all(cases) else "holds in part" if any(cases) else "does not hold here"
     if check == "quality" and holds is not None and seeds is not None and seeds < ENOUGH_SEEDS:
         word = f"too few seeds to tell (n = {seeds})"
+    elif lead is not None and lead.low < 0 < lead.high:
+        word = "cannot tell: the interval holds zero"
     return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
 
 

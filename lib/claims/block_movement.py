@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.block_movement import headline_shape
-from lib.claims import ENOUGH_SEEDS, NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
 from lib.data import TASKS
 from lib.figures import bootstrap_interval
 from lib.models import ARCHITECTURES
@@ -132,10 +132,7 @@ def _difference(claim: str, printed: str, table: pd.DataFrame, about: str) -> di
     spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ", a single pair"
     evidence = f"retained share, paired over {found.n} {about}"
     ours = f"{found.mean:+.1f} points{spread}"
-    row = verdict(claim, "quality", printed, ours, bool(found.mean > 0), evidence, seeds_of(table))
-    if seeds_of(table) >= ENOUGH_SEEDS and found.low < 0 < found.high:
-        row["verdict"] = "cannot tell: the interval holds zero"
-    return row
+    return verdict(claim, "quality", printed, ours, bool(found.mean > 0), evidence, seeds_of(table), lead=found)
 
 
 def _filling(frame: pd.DataFrame) -> dict[str, str]:
