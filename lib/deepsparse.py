@@ -19,7 +19,6 @@ from lib.deepsparse_worker import NUMBER, PAIR
 from lib.int8 import as_array
 
 FOLDER = ROOT / ".venv-deepsparse"
-IR_VERSION = 8  # of ONNX files: it reads none newer than 9
 
 
 def unavailable_reason() -> str | None:
@@ -33,53 +32,6 @@ def unavailable_reason() -> str | None:
 
 def _python() -> Path:
     return FOLDER / "bin" / "python"
-
-
-def readable(source: Path, target: Path) -> None:
-    """Write an ONNX graph again as DeepSparse reads it: an older file version, layer normalisation in single steps.
-
-    It has no kernel for the operator LayerNormalization and hands such a node to another runtime, which cuts its graph
-    into pieces; it computes the steps that older exporters wrote.
-    """
-    import onnx
-
-    model = onnx.load(source)
-    model.ir_version = IR_VERSION
-    constants: dict[str, np.ndarray] = {
-        "normalised_axis": np.array([-1], np.int64), "square": np.array(2, np.float32),
-    }  # fmt: skip
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type == "LayerNormalization" and len(node.input) == 3:
-            epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-            constants[f"epsilon_{epsilon:g}"] = np.array(epsilon, np.float32)
-            given, scale, bias = node.input
-            nodes += _layer_norm_steps(given, scale, bias, node.output[0], f"epsilon_{epsilon:g}")
-        else:
-            nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    onnx.save(model, target)
-
-
-def _layer_norm_steps(given: str, scale: str, bias: str, result: str, epsilon: str) -> list[Any]:
-    """Nodes that normalise the last axis of ``given`` (batch, length, hidden) into ``result``."""
-    from onnx.helper import make_node
-
-    steps = ("mean", "centred", "squares", "variance", "safe", "root", "unit", "scaled")
-    names = {step: f"{result}_{step}" for step in steps}
-    return [
-        make_node("ReduceMean", [given, "normalised_axis"], [names["mean"]]),
-        make_node("Sub", [given, names["mean"]], [names["centred"]]),
-        make_node("Pow", [names["centred"], "square"], [names["squares"]]),
-        make_node("ReduceMean", [names["squares"], "normalised_axis"], [names["variance"]]),
-        make_node("Add", [names["variance"], epsilon], [names["safe"]]),
-        make_node("Sqrt", [names["safe"]], [names["root"]]),
-        make_node("Div", [names["centred"], names["root"]], [names["unit"]]),
-        make_node("Mul", [names["unit"], scale], [names["scaled"]]),
-        make_node("Add", [names["scaled"], bias], [result]),
-    ]
 
 
 class Worker:

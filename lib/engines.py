@@ -11,6 +11,7 @@ To add an engine: write a ``_prepare_<name>`` function like the ones below and l
 import importlib.metadata
 import importlib.util
 import inspect
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from lib import deepsparse
 from lib.block_sparse import stored_bytes, to_block_sparse
 from lib.config import StudyError
+from lib.deepsparse_graph import readable
 from lib.environment import isa_flags, native_bf16, native_int8
 from lib.int8 import as_array, data_digest, quantize_dynamic, quantize_operators, quantize_static
 from lib.onnx_export import (
@@ -297,20 +299,26 @@ def _no_amx_int8() -> str | None:
 
 
 def _prepare_deepsparse(job: _Job) -> tuple[Run, int, str]:
-    """DeepSparse in its own process; int8 is ONNX Runtime's static quantisation into integer operators."""
-    file, key = _onnx_file(job)
-    source = file
+    """DeepSparse in its own process; int8 is ONNX Runtime's static quantisation into integer operators.
+
+    It writes the shape of a batch into the file that it is given, so that file is for nothing else.
+    """
+    exported, key = _onnx_file(job)
+    plain = cached_export(job.folder, "torch1.onnx", key, lambda made: readable(exported, made))
+
+    def quantized(made: Path) -> None:
+        quantize_operators(plain, made, batches)
+
+    def copied(made: Path) -> None:
+        shutil.copyfile(plain, made)
+
     if job.precision == "int8":
         batches = _calibration_batches(job)
         key = f"{key} onnxruntime {importlib.metadata.version('onnxruntime')} {data_digest(batches)}"
-        file = cached_export(
-            job.folder, "int8-operators.onnx", key, lambda made: quantize_operators(source, made, batches)
-        )
-    readable = cached_export(
-        job.folder, f"{file.stem}-steps.onnx", key, lambda made: deepsparse.readable(file, made)
-    )
-    worker = deepsparse.Worker(readable, job.threads, len(job.names))
-    return worker.run, export_bytes(readable), f"DeepSparse {worker.version}, CPU, its own process"
+    build = quantized if job.precision == "int8" else copied
+    file = cached_export(job.folder, f"{job.engine}.onnx", key, build)
+    worker = deepsparse.Worker(file, job.threads, len(job.names))
+    return worker.run, export_bytes(file), f"DeepSparse {worker.version}, CPU, its own process"
 
 
 def _calibration_batches(job: _Job) -> list[dict[str, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from conftest import padded_batch
 from torch import nn
 
-from lib import deepsparse, engines
+from lib import deepsparse, deepsparse_graph, engines
 from lib.agreement import check_agreement, random_batch
 from lib.compressors import SparseInt8
 from lib.compressors.masked import encoder_linears
@@ -282,24 +283,59 @@ def test_deepsparse_process_ends_with_its_model(worker):
     assert process.poll() is not None
 
 
-def test_graphs_are_written_as_deepsparse_reads_them_and_compute_the_same(tmp_path):
+def exported(tmp_path, model=None):
+    """An export as it comes, and as DeepSparse reads it; both loaded, with their files."""
     onnx = pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
     new, old = tmp_path / "new.onnx", tmp_path / "old.onnx"
-    export_onnx(random_model("tiny"), ("input_ids", "attention_mask"), new)
+    export_onnx(model or random_model("tiny"), ("input_ids", "attention_mask"), new)
     graph = onnx.load(new)
-    kinds = [node.op_type for node in graph.graph.node]
-    assert kinds.count("LayerNormalization") == 9  # after the embeddings, and two in each of four layers
     graph.ir_version = 10
     onnx.save(graph, new)
-    deepsparse.readable(new, old)
+    deepsparse_graph.readable(new, old)
     written = onnx.load(old)
     onnx.checker.check_model(written)
-    assert written.ir_version == deepsparse.IR_VERSION < 10
-    steps = [node.op_type for node in written.graph.node]
-    assert "LayerNormalization" not in steps and steps.count("ReduceMean") - kinds.count("ReduceMean") == 18
+    assert written.ir_version == deepsparse_graph.IR_VERSION < 10
+    return graph.graph, written.graph, (new, old)
+
+
+def kinds(graph):
+    return Counter(node.op_type for node in graph.node)
+
+
+@pytest.mark.parametrize("head", ["qa", "classification"])
+def test_graphs_are_written_as_deepsparse_reads_them_and_compute_the_same(tmp_path, head):
+    runtime = pytest.importorskip("onnxruntime")
+    new, old, files = exported(tmp_path, random_model("tiny", head))
+    before, after = kinds(new), kinds(old)
+    assert before["LayerNormalization"] == 9  # after the embeddings, and two in each of four layers
+    assert after["ReduceMean"] - before["ReduceMean"] == 18
+    for kind in ("LayerNormalization", "Where", "GatherND", "Range", "Split", "Squeeze"):
+        assert kind not in after, kind
+    assert all(a.i >= 0 for node in old.node if node.op_type == "Gather" for a in node.attribute)  # -1 is not compiled
+    makers = {node.output[0]: node for node in old.node}
+    for node in (node for node in old.node if node.op_type == "Erf"):
+        plus_one = next(other for other in old.node if node.output[0] in other.input)
+        product = next(other for other in old.node if plus_one.output[0] in other.input)
+        assert makers[product.input[0]].op_type == "Add" and product.input[1] == plus_one.output[0]  # x · (1 + erf)
     batch = {name: random_batch(3, 12, 99, 1, padding=4)[name] for name in ("input_ids", "attention_mask")}
-    sessions = [runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"]) for file in (new, old)]
+    sessions = [runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"]) for file in files]
     wanted, found = (session.run(None, batch) for session in sessions)
     for one, other in zip(wanted, found, strict=True):
         np.testing.assert_allclose(other, one, atol=1e-5)
+
+
+def test_a_graph_that_looks_otherwise_is_left_as_it_is(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    nodes = [
+        make("Erf", ["x"], ["e"]), make("Add", ["e", "third"], ["a"]), make("Mul", ["third", "a"], ["m"]),
+        make("Mul", ["m", "x"], ["g"]), make("Split", ["g"], ["left", "right"], axis=1),
+        make("Add", ["left", "right"], ["sum"]), make("Cast", ["x"], ["truth"], to=9),
+        make("Where", ["truth", "third", "sum"], ["y"]),
+    ]  # fmt: skip
+    number = onnx.numpy_helper.from_array(np.float32(0.3), "third")
+    ends = [value("x", 1, [2, 2])], [value("y", 1, [2, 1])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "other", *ends, [number]), ir_version=9)
+    onnx.save(model, tmp_path / "other.onnx")
+    deepsparse_graph.readable(tmp_path / "other.onnx", tmp_path / "same.onnx")
+    assert list(onnx.load(tmp_path / "same.onnx").graph.node) == nodes
