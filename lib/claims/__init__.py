@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lib.figures import Interval
+from lib.figures import Interval, bootstrap_interval
 
 SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
@@ -37,6 +37,20 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
     elif lead is not None and lead.low < 0 < lead.high:
         word = "cannot tell: the interval holds zero"
     return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
+
+
+def leads(claim: str, printed: str, by: pd.Series, evidence: str, seeds: int, unit: str = "points") -> dict[str, str]:
+    """Verdict on a claim that one method is better than another.
+
+    Args:
+        by: how much better, one value for each pair of runs; its mean is judged, its interval shown.
+        seeds: among the pairs (``seeds_of``).
+        unit: what ``by`` is in, as the reader sees it.
+    """
+    found = bootstrap_interval(by)
+    spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ", a single pair"
+    ours = f"{found.mean:+.1f} {unit}{spread}"
+    return verdict(claim, "quality", printed, ours, bool(found.mean > 0), evidence, seeds, found)
 
 
 def seeds_of(frame: pd.DataFrame) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.block_movement import headline_shape
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, leads, seeds_of, verdict
 from lib.data import TASKS
 from lib.figures import bootstrap_interval
 from lib.models import ARCHITECTURES
@@ -128,11 +128,8 @@ def _paired(frame: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
 def _difference(claim: str, printed: str, table: pd.DataFrame, about: str) -> dict[str, str]:
     if table.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
-    found = bootstrap_interval(table["lead"])
-    spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ", a single pair"
-    evidence = f"retained share, paired over {found.n} {about}"
-    ours = f"{found.mean:+.1f} points{spread}"
-    return verdict(claim, "quality", printed, ours, bool(found.mean > 0), evidence, seeds_of(table), lead=found)
+    evidence = f"retained share, paired over {len(table)} {about}"
+    return leads(claim, printed, table["lead"], evidence, seeds_of(table))
 
 
 def _filling(frame: pd.DataFrame) -> dict[str, str]:

@@ -3,9 +3,8 @@
 import pandas as pd
 
 from lib.analysis.kronecker import NAMES, complete, exact_sizes, published_retained
-from lib.claims import NOT_RUN, SPEED_TOLERANCE, retains, seeds_of, verdict
+from lib.claims import NOT_RUN, SPEED_TOLERANCE, leads, retains, seeds_of, verdict
 from lib.data import TASKS
-from lib.figures import bootstrap_interval
 from lib.published import published
 
 NEARLY_ALL = 99.0  # percent of the dense score
@@ -134,13 +133,8 @@ def _ablation(frame: pd.DataFrame, variant: str, claim: str, text: str, teacher:
     lost = with_all - without
     printed = ", ".join(f"{TASKS[str(task)].title} −{value:.1f}" for task, value in lost.items())
     rows = complete(frame[frame["configuration"] == "kron8"], ["full", variant])
-    pairs = rows.pivot_table(index=["task", "seed"], columns="variant", values="score")
+    pairs = rows.pivot_table(index=["task", "seed"], columns="variant", values="score").dropna()
     if pairs.shape[1] < 2 or pairs.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
-    gain = bootstrap_interval(pairs["full"] - pairs[variant])
-    spread = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ", a single pair"
-    evidence = f"points of score, paired over {gain.n} (task, seed): {', '.join(rows['title'].unique())}"
-    return verdict(
-        claim, "quality", printed, f"{gain.mean:+.1f} points with it{spread}", bool(gain.mean > 0), evidence,
-        seeds_of(rows),
-    )  # fmt: skip
+    evidence = f"points of score, paired over {len(pairs)} (task, seed): {', '.join(rows['title'].unique())}"
+    return leads(claim, printed, pairs["full"] - pairs[variant], evidence, seeds_of(rows), "points with it")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.obert import published_frame
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, retains, seeds_of, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, leads, retains, seeds_of, verdict
 from lib.models import ARCHITECTURES, published_parameters
 from lib.published import published
 
@@ -154,9 +154,9 @@ def _better_than(quality: pd.DataFrame, rival: str, target: float) -> dict[str, 
     if ours.empty or other.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
     pairs = ours.merge(other, on=["task", "seed"], suffixes=("", "_rival"))
-    gain = (pairs["retained"] - pairs["retained_rival"]).mean()
+    gains = pairs["retained"] - pairs["retained_rival"]
     evidence = f"retained share, {len(pairs)} pairs of the same schedule, distillation and seed"
-    return verdict(claim, "quality", printed, f"{gain:+.1f} points", bool(gain > 0), evidence, seeds_of(pairs))
+    return leads(claim, printed, gains, evidence, seeds_of(pairs))
 
 
 def _sparse_retains(quality: pd.DataFrame, target: float) -> dict[str, str]:
@@ -189,8 +189,7 @@ def _gradual_beats_one_shot(quality: pd.DataFrame) -> dict[str, str]:
     gains = pairs["retained"] - pairs["retained_once"]
     targets = ", ".join(f"{target:.0f} %" for target in sorted(pairs["target"].unique()))
     evidence = f"retained share at {targets}; one-shot with the number of recomputations that was best"
-    ours = f"{gains.mean():+.1f} points"
-    return verdict(claim, "quality", text, ours, bool(gains.mean() > 0), evidence, seeds_of(pairs))
+    return leads(claim, text, gains, evidence, seeds_of(pairs))
 
 
 def _control(quality: pd.DataFrame) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lib.analysis.structured_qa import NONE, exact_sizes, published_points
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, leads, verdict
 from lib.figures import bootstrap_interval
 from lib.published import published
 
@@ -116,14 +116,9 @@ def _best(frame: pd.DataFrame, kind: str, others: Sequence[str]) -> dict[str, st
     if table.empty or "l0" not in table or table.shape[1] < 2:
         return verdict(claim, "quality", "best at every density", NOT_RUN, None, "")
     rival = table.drop(columns="l0").mean().idxmax()
-    lead = bootstrap_interval(table["l0"] - table[rival])
-    spread = f" ({lead.low:+.1f} to {lead.high:+.1f})" if lead.n > 1 else ""
-    evidence = f"retained share without retraining against {rival}, paired over {lead.n} (density, seed)"
-    seeds = int(rows["seed"].nunique())
-    return verdict(
-        claim, "quality", "best at every density", f"{lead.mean:+.1f} points{spread}", bool(lead.mean > 0), evidence,
-        seeds=seeds,
-    )  # fmt: skip
+    evidence = f"retained share without retraining against {rival}, paired over {len(table)} (density, seed)"
+    gains = table["l0"] - table[rival]
+    return leads(claim, "best at every density", gains, evidence, int(rows["seed"].nunique()))
 
 
 def _embedding(frame: pd.DataFrame) -> dict[str, str]:
