@@ -149,7 +149,8 @@ def _columns(graph: _Graph, split: Any) -> list[Any] | None:
     The axis is 2 and not -1, which DeepSparse's compiler fails on.
     """
     users = [[node for node in graph.nodes if output in node.input] for output in split.output]
-    if any(len(nodes) != 1 or nodes[0].op_type != "Squeeze" for nodes in users):
+    last = any(attribute.name == "axis" and attribute.i in (-1, 2) for attribute in split.attribute)
+    if not last or any(len(nodes) != 1 or nodes[0].op_type != "Squeeze" for nodes in users):
         return None
     squeezes = [nodes[0] for nodes in users]
     graph.nodes = [node for node in graph.nodes if not any(node is other for other in squeezes)]
@@ -166,9 +167,11 @@ def _mask(graph: _Graph, where: Any) -> list[Any] | None:
     if graph.scalar(kept) != 0 or lowest is None or lowest > MASKED or MASK not in graph.depends_on(condition):
         return None
     axes, one = graph.constant("mask_axes", [1, 2], np.int64), graph.constant("one", 1)
+    result = where.output[0]
+    per_row, number, padded = (f"{result}_{step}" for step in ("per_row", "number", "padded"))
     return [
-        _node("Unsqueeze", [MASK, axes], "mask_per_row"),
-        _node("Cast", ["mask_per_row"], "mask_as_number", to=1),
-        _node("Sub", [one, "mask_as_number"], "padded"),
-        _node("Mul", ["padded", graph.constant("masked", MASKED)], where.output[0]),
+        _node("Unsqueeze", [MASK, axes], per_row),
+        _node("Cast", [per_row], number, to=1),
+        _node("Sub", [one, number], padded),
+        _node("Mul", [padded, graph.constant("masked", MASKED)], result),
     ]

@@ -330,12 +330,14 @@ def test_a_graph_that_looks_otherwise_is_left_as_it_is(tmp_path):
     nodes = [
         make("Erf", ["x"], ["e"]), make("Add", ["e", "third"], ["a"]), make("Mul", ["third", "a"], ["m"]),
         make("Mul", ["m", "x"], ["g"]), make("Split", ["g"], ["left", "right"], axis=1),
-        make("Add", ["left", "right"], ["sum"]), make("Cast", ["x"], ["truth"], to=9),
+        make("Squeeze", ["left", "second"], ["l"]), make("Squeeze", ["right", "second"], ["r"]),
+        make("Add", ["l", "r"], ["sum"]), make("Cast", ["x"], ["truth"], to=9),
         make("Where", ["truth", "third", "sum"], ["y"]),
     ]  # fmt: skip
-    number = onnx.numpy_helper.from_array(np.float32(0.3), "third")
-    ends = [value("x", 1, [2, 2])], [value("y", 1, [2, 1])]
-    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "other", *ends, [number]), ir_version=9)
+    constants = {"third": np.float32(0.3), "second": np.array([1])}
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    ends = [value("x", 1, [2, 2])], [value("y", 1, [2])]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "other", *ends, tensors), ir_version=9)
     onnx.save(model, tmp_path / "other.onnx")
     deepsparse_graph.readable(tmp_path / "other.onnx", tmp_path / "same.onnx")
     assert list(onnx.load(tmp_path / "same.onnx").graph.node) == nodes
