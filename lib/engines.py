@@ -14,6 +14,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,16 +307,12 @@ def _prepare_deepsparse(job: _Job) -> tuple[Run, int, str]:
     exported, key = _onnx_file(job)
     plain = cached_export(job.folder, "torch1.onnx", key, lambda made: readable(exported, made))
 
-    def quantized(made: Path) -> None:
-        quantize_operators(plain, made, batches)
-
-    def copied(made: Path) -> None:
-        shutil.copyfile(plain, made)
-
     if job.precision == "int8":
         batches = _calibration_batches(job)
         key = f"{key} onnxruntime {importlib.metadata.version('onnxruntime')} {data_digest(batches)}"
-    build = quantized if job.precision == "int8" else copied
+        build = partial(quantize_operators, plain, batches=batches)
+    else:
+        build = partial(shutil.copyfile, plain)
     file = cached_export(job.folder, f"{job.engine}.onnx", key, build)
     worker = deepsparse.Worker(file, job.threads, len(job.names))
     return worker.run, export_bytes(file), f"DeepSparse {worker.version}, CPU, its own process"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lib.config import StudyError
 
+NARROW = 32  # a product of matrices narrower than this is mostly overhead
 CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # of the inverse, worked on at a time
 
 
@@ -85,7 +86,10 @@ class BlockFisher:
             product = torch.bmm(g.mT, inverse)  # a row, because that product is the faster one on CPUs
             scale = torch.bmm(product, g).add_(self.gradients).clamp_(min=self.gradients)
             product *= scale.rsqrt_()  # on both sides alike: the inverse stays symmetric to the last bit
-            inverse.baddbmm_(product.mT, product, alpha=-1)
+            if self.block < NARROW:
+                inverse.addcmul_(product.mT, product, value=-1)
+            else:
+                inverse.baddbmm_(product.mT, product, alpha=-1)
         self.seen += 1
 
     def check(self) -> None:

@@ -134,9 +134,12 @@ def upstream_frame(records: Iterable[Record]) -> pd.DataFrame:
 def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per timed model and engine: layers, sparsity (percent), group, milliseconds and three ratios.
 
-    ``on engine`` is the dense full model's time on the same engine over this one's; ``over fp32`` that of the
-    plain fp32 engine of the same family, in the same run where both are there; ``over best dense`` the fastest dense
-    full model's of any engine under the same conditions, which is what a sparse model has to beat.
+    ``on engine`` is the dense full model's time on the same engine and in the same run over this one's; ``over fp32``
+    that of the plain fp32 engine of the same family, in the same run where both are there; ``over best dense`` the
+    fastest dense full model's of any engine under the same conditions, which is what a sparse model has to beat.
+
+    A machine may be faster in one run than in another, and no run holds all engines. So rows of different runs are
+    compared by ``anchored ms``: the dense full model's median over all runs on this engine, divided by ``on engine``.
     """
     rows = []
     for record in records:
@@ -157,21 +160,21 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame
+    condition = ["batch", "length"]
     whole = frame[(frame["layers"] == frame["total"]) & (frame["sparsity"] == 0)]
-    plain = whole[whole["engine"] == whole["family"] + "-fp32"]
-    frame["over fp32"] = _over(frame, plain, ["family", "batch", "length"], "first")
-    frame["over best dense"] = _over(frame, whole, ["batch", "length"], "min")
+    anchors = whole.groupby(["engine", *condition])["ms"].median()
+    frame["anchored ms"] = _beside(frame, anchors) / frame["on engine"]
+    fp32 = whole[whole["engine"] == whole["family"] + "-fp32"]
+    near = _beside(frame, fp32.groupby(["run", "family", *condition])["ms"].first()) / frame["ms"]
+    far = _beside(frame, fp32.groupby(["family", *condition])["ms"].median()) / frame["anchored ms"]
+    frame["over fp32"] = near.fillna(far)
+    frame["over best dense"] = _beside(frame, anchors.groupby(condition).min()) / frame["anchored ms"]
     return frame
 
 
-def _over(frame: pd.DataFrame, reference: pd.DataFrame, by: list[str], which: str) -> np.ndarray:
-    """Reference milliseconds over each row's; a reference of the same run counts before one of another."""
-    anywhere = reference.groupby(by)["ms"].agg(which)
-    same_run = reference.groupby(["run", *by])["ms"].agg(which)
-    near = same_run.reindex(pd.MultiIndex.from_frame(frame[["run", *by]])).to_numpy()
-    far = anywhere.reindex(pd.MultiIndex.from_frame(frame[by])).to_numpy()
-    chosen = np.fmin(near, far) if which == "min" else np.where(np.isnan(near), far, near)
-    return chosen / frame["ms"].to_numpy()
+def _beside(frame: pd.DataFrame, reference: pd.Series) -> np.ndarray:
+    """The value of ``reference`` for every row, found by the columns that its index is named after."""
+    return reference.reindex(pd.MultiIndex.from_frame(frame[list(reference.index.names)])).to_numpy()
 
 
 def crossover(sparsity: Iterable[float], ms: Iterable[float], level: float) -> float:

@@ -18,7 +18,7 @@ NOT_RUN = "not run yet"
 
 
 def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool] | None, evidence: str,
-            seeds: int | None = None, lead: Interval | None = None) -> dict[str, str]:  # fmt: skip
+            seeds: int | None = None) -> dict[str, str]:  # fmt: skip
     """One row of a table of verdicts.
 
     Args:
@@ -26,7 +26,6 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
         holds: one answer, or one for each engine or task, of which some may hold and others not; None means that the
             records at hand cannot tell.
         seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
-        lead: of one method over another, where the claim is about that; one whose interval holds zero is undecided too.
     """
     word = "not testable here"
     if holds is not None:
@@ -34,13 +33,17 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
         word = "holds" if all(cases) else "holds in part" if any(cases) else "does not hold here"
     if check == "quality" and holds is not None and seeds is not None and seeds < ENOUGH_SEEDS:
         word = f"too few seeds to tell (n = {seeds})"
-    elif lead is not None and lead.low < 0 < lead.high:
-        word = "cannot tell: the interval holds zero"
     return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
 
 
+def signed(found: Interval, unit: str = "points") -> str:
+    """A difference as the reader sees it, with its interval: "+1.2 points (+0.3 to +2.0)"."""
+    spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ", a single pair"
+    return f"{found.mean:+.1f} {unit}{spread}"
+
+
 def leads(claim: str, printed: str, by: pd.Series, evidence: str, seeds: int, unit: str = "points") -> dict[str, str]:
-    """Verdict on a claim that one method is better than another.
+    """Verdict on a claim that one method is better than another; an interval that holds zero decides nothing.
 
     Args:
         by: how much better, one value for each pair of runs; its mean is judged, its interval shown.
@@ -48,9 +51,10 @@ def leads(claim: str, printed: str, by: pd.Series, evidence: str, seeds: int, un
         unit: what ``by`` is in, as the reader sees it.
     """
     found = bootstrap_interval(by)
-    spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ", a single pair"
-    ours = f"{found.mean:+.1f} {unit}{spread}"
-    return verdict(claim, "quality", printed, ours, bool(found.mean > 0), evidence, seeds, found)
+    row = verdict(claim, "quality", printed, signed(found, unit), bool(found.mean > 0), evidence, seeds)
+    if seeds >= ENOUGH_SEEDS and found.low < 0 < found.high:
+        row["verdict"] = "cannot tell: the interval holds zero"
+    return row
 
 
 def seeds_of(frame: pd.DataFrame) -> int:
@@ -59,7 +63,16 @@ def seeds_of(frame: pd.DataFrame) -> int:
 
 
 def retains(claim: str, printed: float, rows: pd.DataFrame, evidence: str) -> dict[str, str]:
-    """Verdict on a claim of quality: the mean ``retained`` share of ``rows`` against the published one, in percent."""
-    mean = rows["retained"].mean()
-    holds = bool(mean >= printed - QUALITY_TOLERANCE)
-    return verdict(claim, "quality", f"{printed:.1f} %", f"{mean:.1f} %", holds, evidence, seeds_of(rows))
+    """Verdict on a claim of quality: the mean ``retained`` share against the published one, in percent, per task.
+
+    Where a task has seeds enough to judge by, tasks with fewer are shown and not judged.
+
+    Args:
+        rows: columns task, title, seed and retained, one row per run.
+    """
+    tasks = rows.groupby("title", sort=False).agg(mean=("retained", "mean"), n=("seed", "nunique"))
+    judged = tasks[tasks["n"] >= ENOUGH_SEEDS] if seeds_of(rows) >= ENOUGH_SEEDS else tasks
+    places = [f" on {row.Index} (n = {row.n})" if len(tasks) > 1 else "" for row in tasks.itertuples()]
+    shares = [f"{mean:.1f} %{place}" for mean, place in zip(tasks["mean"], places, strict=True)]
+    holds = judged["mean"] >= printed - QUALITY_TOLERANCE
+    return verdict(claim, "quality", f"{printed:.1f} %", "; ".join(shares), holds, evidence, seeds_of(rows))

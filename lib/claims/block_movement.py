@@ -107,11 +107,8 @@ def _lead(frame: pd.DataFrame, claim: str, other: str, printed: str, better: str
     if not pairs:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
     table = pd.DataFrame(pairs)
-    found = bootstrap_interval(table["lead"])
-    spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ""
-    evidence = f"retained share, {found.n} pairs whose densities differ by {NEAR:.0f} points at most"
-    holds = bool(found.mean >= -0.5)
-    return verdict(claim, "quality", printed, f"{found.mean:+.1f} points{spread}", holds, evidence, seeds_of(table))
+    evidence = f"retained share, {len(table)} pairs whose densities differ by {NEAR:.0f} points at most"
+    return leads(claim, printed, table["lead"], evidence, seeds_of(table))
 
 
 def _paired(frame: pd.DataFrame, one: str, other: str) -> pd.DataFrame:

@@ -167,7 +167,8 @@ def _sparse_retains(quality: pd.DataFrame, target: float) -> dict[str, str]:
     ours = _gradual(quality, "obert", target)
     if ours.empty:
         return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
-    evidence = f"{ours['title'].iloc[0]}, {ours['layers'].iloc[0]} layers; the paper trains longer, on more of them"
+    titles = ", ".join(ours["title"].unique())
+    evidence = f"{titles}, {ours['layers'].iloc[0]} layers; the paper trains longer, on more of them"
     return retains(claim, printed, ours, evidence)
 
 
@@ -200,11 +201,8 @@ def _control(quality: pd.DataFrame) -> dict[str, str]:
     ours = quality[(quality["kind"] == "control") & (quality["budget"] == "long")] if len(quality) else quality
     if ours.empty or ours["retained"].isna().all():
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
-    gain = ours["retained"].mean() - 100
-    return verdict(
-        claim, "quality", printed, f"{gain:+.1f} %", bool(gain > 0), "dense model distilled from itself, same schedule",
-        seeds_of(ours),
-    )  # fmt: skip
+    evidence = f"dense model distilled from itself, same schedule; {', '.join(ours['title'].unique())}"
+    return leads(claim, printed, ours["retained"].dropna() - 100, evidence, seeds_of(ours))
 
 
 def _transfer(quality: pd.DataFrame) -> dict[str, str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis import published_retained
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, signed, verdict
 from lib.data import TASKS
 from lib.figures import bootstrap_interval
 from lib.models import published_parameters
@@ -123,14 +123,12 @@ def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     if both["procedure"].nunique() < 2 or pairs.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, left_out.removeprefix("; "))
     gain = bootstrap_interval(pairs[procedure] - pairs["before"])
-    interval = f" ({gain.low:+.1f} to {gain.high:+.1f})" if gain.n > 1 else ", a single pair"
-    ours = f"{gain.mean:+.1f} points{interval}"
     gained = abs(gain.mean) if procedure == "after" else gain.mean
     compared = pairs.reset_index()
     evidence = f"retained share, paired over {len(pairs)} (K, task, seed), {_seeds(compared)}; 95 % bootstrap interval"
     evidence += "; fine-tuned twice, each time as long as the others" if procedure == "after" else ""
     holds = bool(gained <= QUALITY_TOLERANCE)
-    return verdict(claim, "quality", printed, ours, holds, evidence + left_out, seeds_of(compared))
+    return verdict(claim, "quality", printed, signed(gain), holds, evidence + left_out, seeds_of(compared))
 
 
 def _seeds(frame: pd.DataFrame) -> str:

@@ -62,29 +62,32 @@ def _training(profile: Profile, task: str, epochs: float) -> Any:
     return training_settings(profile, task, epochs=epochs, learning_rate=settings.learning_rate, **examples)
 
 
-def _epochs(profile: Profile, budget: Budget) -> float:
-    epochs = profile.obert.long_epochs if budget == "long" else profile.obert.short_epochs
-    if epochs is None:
+def _epochs(profile: Profile, task: str, budget: Budget) -> float:
+    settings = profile.obert
+    if budget == "long":
+        return settings.other_tasks.get(task, settings.long_epochs)
+    if settings.short_epochs is None:
         raise StudyError("obert.short_epochs: the profile leaves the short budget out; give it a number of epochs")
-    return epochs
+    return settings.short_epochs
 
 
 def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "obert", group: int = 1,
-           budget: Budget = "long", layers: int | None = None) -> TrainSpec:  # fmt: skip
-    """Gradual pruning of the finished dense model of the headline task, distilled from it.
+           budget: Budget = "long", layers: int | None = None, task: str = "") -> TrainSpec:  # fmt: skip
+    """Gradual pruning of a task's finished dense model, distilled from it.
 
     Args:
         sparsity: 0 is the paper's fair control: the dense model under the same recipe.
-        layers: kept; the others are dropped from the top and the rest fine-tuned first.
+        layers: kept; the others are dropped from the top and the rest fine-tuned first (the headline task only).
+        task: the headline task where none is given.
     """
-    task, total = profile.obert.task, encoder_layers(profile)
+    task, total = task or profile.obert.task, encoder_layers(profile)
     teacher, shallow = dense_spec(profile, task, seed), layers is not None and layers < total
     first = min(SHALLOW_FIRST_STEP if shallow else profile.obert.first_step, sparsity)
     changes = schedule(profile, budget) | {"first_step": first}
     return teacher.model_copy(update={
         "start": fewer_layers(profile, seed, layers) if shallow and layers else teacher,
         "compressor": _pruning(profile, sparsity, importance, group, **changes),
-        "training": _training(profile, task, _epochs(profile, budget)), "distillation": SOFT, "teacher": teacher,
+        "training": _training(profile, task, _epochs(profile, task, budget)), "distillation": SOFT, "teacher": teacher,
     })  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def fewer_layers(profile: Profile, seed: int, layers: int) -> TrainSpec:
         raise StudyError(f"obert.compound_layers: {layers} of {total} layers; give 1 to {total}")
     drop = CompressorSpec(name="layer_dropping", settings={"drop": list(range(layers + 1, total + 1))})
     return teacher.model_copy(update={
-        "start": teacher, "compressor": drop, "training": _training(profile, task, _epochs(profile, "long")),
+        "start": teacher, "compressor": drop, "training": _training(profile, task, _epochs(profile, task, "long")),
         "distillation": SOFT, "teacher": teacher,
     })  # fmt: skip
 
@@ -159,13 +162,13 @@ def in_int8(profile: Profile, start: TrainSpec) -> TrainSpec:
     })  # fmt: skip
 
 
-def _headline(profile: Profile, seed: int) -> list[Spec]:
+def _rankings(profile: Profile, task: str, seed: int) -> list[Spec]:
     """Dense, its control, and every ranking at every sparsity."""
-    plan: list[Spec] = [dense_spec(profile, profile.obert.task, seed)]
+    plan: list[Spec] = [dense_spec(profile, task, seed)]
     for sparsity in profile.obert.sparsities:
-        plan += [pruned(profile, seed, sparsity, importance) for importance in IMPORTANCES]
+        plan += [pruned(profile, seed, sparsity, importance, task=task) for importance in IMPORTANCES]
         if len(plan) == 1 + len(IMPORTANCES):
-            plan.append(pruned(profile, seed, 0.0))
+            plan.append(pruned(profile, seed, 0.0, task=task))
     return plan
 
 
@@ -209,9 +212,14 @@ def obert(profile: Profile) -> list[Spec]:
     reduced = settings.model_copy(update={"upstream_sparsities": ()}) if missing else settings
     profile = profile.model_copy(update={"obert": reduced})
     plan: list[Spec] = []
-    for seed in profile.task_seeds(settings.task):
-        plan += [*_headline(profile, seed), *_compound(profile, seed), *_one_shot(profile, seed)]
-        plan += _upstream(profile, seed)
+    others = [task for task in settings.other_tasks if task in profile.tasks]
+    seeds = dict.fromkeys(seed for task in (settings.task, *others) for seed in profile.task_seeds(task))
+    for seed in seeds:
+        for task in (settings.task, *others):
+            plan += _rankings(profile, task, seed) if seed in profile.task_seeds(task) else []
+        if seed not in profile.task_seeds(settings.task):
+            continue
+        plan += [*_compound(profile, seed), *_one_shot(profile, seed), *_upstream(profile, seed)]
         if settings.short_epochs:
             plan += [pruned(profile, seed, sparsity, budget="short") for sparsity in (*settings.sparsities, 0.0)]
     return plan

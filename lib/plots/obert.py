@@ -112,7 +112,7 @@ def layer_figure(layers: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def speed_figure(speed: pd.DataFrame, group: int = 1) -> tuple[Figure, pd.DataFrame]:
-    """Time against sparsity at full depth, a panel per condition: sparse engines as curves, dense ones as lines.
+    """Anchored time against sparsity at full depth, a panel per condition: sparse engines are curves, dense ones lines.
 
     The crossover to the dense bf16 model is marked on each curve that has one; in the rows, column ``crossover (%)``.
 
@@ -140,18 +140,18 @@ def _speed_panel(ax: Any, here: pd.DataFrame, group: int) -> pd.DataFrame:
     """One condition; returns the drawn rows."""
     drawn = []
     dense = here[here["sparsity"] == 0].drop_duplicates("engine")
-    level = dense[dense["engine"] == BF16]["ms"]
+    level = dense[dense["engine"] == BF16]["anchored ms"]
     for engine, rows in here.groupby("engine", sort=False):
         style = figures.style_of(str(engine))
         curve = rows[(rows["sparsity"] > 0) & (rows["group"] == group)]
         if curve.empty:
-            ax.axhline(rows["ms"].iloc[0], color=style["color"], linewidth=0.8, linestyle=figures.DASHES)
-            ax.plot([0], [rows["ms"].iloc[0]], **style)
+            ax.axhline(rows["anchored ms"].iloc[0], color=style["color"], linewidth=0.8, linestyle=figures.DASHES)
+            ax.plot([0], [rows["anchored ms"].iloc[0]], **style)
             drawn.append(rows[rows["sparsity"] == 0].head(1))
             continue
         points = pd.concat([rows[rows["sparsity"] == 0].head(1), curve]).sort_values("sparsity")
-        ax.plot(points["sparsity"], points["ms"], **style)
-        where = crossover(points["sparsity"], points["ms"], float(level.iloc[0])) if len(level) else np.nan
+        ax.plot(points["sparsity"], points["anchored ms"], **style)
+        where = crossover(points["sparsity"], points["anchored ms"], float(level.iloc[0])) if len(level) else np.nan
         if not np.isnan(where):
             ax.plot([where], [level.iloc[0]], marker="|", markersize=11, color=style["color"], linestyle="")
         drawn.append(points.assign(**{"crossover (%)": where}))
