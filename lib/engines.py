@@ -3,7 +3,7 @@
 The papers' speed-ups depend on the engine as much as on the model: a sparse model that is 10 times faster than dense
 fp32 on one engine may lose to a dense bf16 model on another. So each engine gets the same model, the same threads and
 the same batch, runs end to end from NumPy arrays to NumPy logits, and is compared with PyTorch fp32 before it is timed
-(``lib.benchmark.check_agreement``).
+(``lib.agreement.check_agreement``).
 
 To add an engine: write a ``_prepare_<name>`` function like the ones below and list it in ``_TABLE``.
 """

@@ -14,7 +14,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import benchmark, distributed, engine_quality, importance
+from lib import distributed, engine_quality, importance, model_cost
 from lib.batches import TrainingData
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.layer_dropping import layer_contributions
@@ -137,7 +137,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     result |= evaluate_model(
         model, tokenizer, task, data["validation"], features, settings, f"{label(spec)}, evaluating"
     )
-    result["model"] = benchmark.describe(model)
+    result["model"] = model_cost.describe(model)
     result["compression"] = compressor.summary()
     if keep_weights or _worth_keeping(spec, profile):
         _keep(model, tokenizer, weights_folder(profile, spec))

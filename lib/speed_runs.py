@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lib import benchmark, engines, training_speed
+from lib import benchmark, engines, model_cost, training_speed
 from lib.agreement import check_agreement, random_batch
 from lib.block_sparse import zero_blocks
 from lib.config import StudyError
@@ -101,9 +101,9 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
     ]
     for name, wanted in spec.models.items():
         model = build(wanted)
-        sizes[name] = benchmark.describe(model) | {
-            "flops": benchmark.flops(model, spec.batch, spec.length),
-            "traffic_bytes": benchmark.memory_traffic(model, spec.batch, spec.length),
+        sizes[name] = model_cost.describe(model) | {
+            "flops": model_cost.flops(model, spec.batch, spec.length),
+            "traffic_bytes": model_cost.memory_traffic(model, spec.batch, spec.length),
         }
         for engine in spec.engines:
             if reason := engines.unavailable_reason(engine):

@@ -12,7 +12,7 @@ import safetensors.torch
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib import benchmark, distributed, metrics
+from lib import distributed, metrics, model_cost
 from lib.batches import TrainingData
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.base import Diverged
@@ -130,7 +130,7 @@ def describe_translation(model: TranslationModel) -> dict[str, int]:
         "layers": len(model.encoder_layers) + len(model.decoder_layers),
         "parameters": parameters,
         "layer_parameters": parameters - count_parameters(model.embedding),
-        "size_bytes": benchmark.size_on_disk(model),
+        "size_bytes": model_cost.size_on_disk(model),
     }
 
 

@@ -146,7 +146,7 @@ def evaluate(model: MaskedLM, tokenizer: PreTrainedTokenizerBase, features: Data
 
 def run_upstream(spec: UpstreamSpec, profile: Profile) -> dict[str, Any]:
     """Train (and prune) the language model, measure it on held-out text, and keep its weights for sparse transfer."""
-    from lib import benchmark, experiments
+    from lib import experiments, model_cost
 
     settings, task = spec.training, get_task(spec.task)
     if task.kind == "translation":
@@ -177,7 +177,7 @@ def run_upstream(spec: UpstreamSpec, profile: Profile) -> dict[str, Any]:
     compressor.finalize(model)
     result: dict[str, Any] = {"train_examples": len(train) // copies, "eval_examples": len(held_out)}
     result |= {"training": outcome.model_dump(mode="json")} | evaluate(model, tokenizer, held_out, settings.precision)
-    result |= {"model": benchmark.describe(model), "compression": compressor.summary()}
+    result |= {"model": model_cost.describe(model), "compression": compressor.summary()}
     with whole_folder(experiments.weights_folder(profile, spec)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -7,9 +7,10 @@ from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceCl
 
 from lib import benchmark
 from lib.agreement import check_agreement, random_batch
-from lib.benchmark import flops, latency, main, size_on_disk
+from lib.benchmark import latency, main
 from lib.config import StudyError
 from lib.engines import Prepared, prepare
+from lib.model_cost import flops, size_on_disk
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
          "vocab_size": 100, "max_position_embeddings": 64, "initializer_range": 0.2}  # fmt: skip

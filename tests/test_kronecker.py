@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from conftest import padded_batch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
 
-from lib import analysis, benchmark, experiments, plans
+from lib import analysis, experiments, model_cost, plans
 from lib.analysis.kronecker import (
     complete,
     error_frame,
@@ -172,7 +173,7 @@ def test_the_order_is_the_one_with_fewer_operations(first, second):
     counts = {}
     for a_first in (True, False):
         other = KroneckerLinear(first, second, a_first=a_first)
-        with torch.no_grad(), benchmark.FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             other(torch.zeros(1, other.in_features))
         counts[a_first] = counter.get_total_flops()
         assert counts[a_first] == 2 * multiply_adds(first, second, 1, a_first)
@@ -633,7 +634,7 @@ def test_traffic_is_what_the_operations_read_and_write():
 
     tokens, wide, narrow, weight = 2 * 5, 8 * 4, 4 * 4, 8 * 4 * 4
     lookup, product = tokens * (8 + 2 * wide), tokens * wide + weight + tokens * narrow
-    assert benchmark.memory_traffic(Toy(), 2, 5) == lookup + product
+    assert model_cost.memory_traffic(Toy(), 2, 5) == lookup + product
 
 
 def test_training_speed_refuses_what_it_would_not_build():

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib import benchmark
+from lib import model_cost
 from lib.batches import TrainingData
 from lib.compressors import CompressorSpec, make_compressor
 from lib.config import StudyError, load_profile
@@ -409,7 +409,7 @@ def test_a_stored_translation_model_gives_identical_logits(translation_model, tm
     loaded, _ = load_translation(tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
-    assert (tmp_path / "model.safetensors").stat().st_size == summary["stored_bytes"] == benchmark.size_on_disk(loaded)
+    assert (tmp_path / "model.safetensors").stat().st_size == summary["stored_bytes"] == model_cost.size_on_disk(loaded)
     again = loaded.train()(**batch).loss  # and it can be trained no further by accident
     assert again.requires_grad and summary["bits"] == bits
 
@@ -436,7 +436,7 @@ def test_a_stored_encoder_gives_identical_logits_and_fails_plainly_elsewhere(
 def test_eight_bits_are_nearly_four_times_smaller():
     shape = TranslationShape(vocabulary=300, hidden_size=256, layers=1, heads=4, units=512)
     dense = new_model(shape, 300, 0.0, 0.1, seed=0).eval()
-    size, sizes = benchmark.size_on_disk(dense), {}
+    size, sizes = model_cost.size_on_disk(dense), {}
     for bits in BITS:
         _, summary = finished(copy.deepcopy(dense), batch_of_pairs(300), bits=bits)
         sizes[bits] = size / summary["stored_bytes"]

@@ -216,6 +216,7 @@ def _transfer(quality: pd.DataFrame) -> dict[str, str]:
     if ours.empty or ours["retained"].isna().all():
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
     mean = ours.groupby("task")["retained"].mean().mean()
-    evidence = f"mean over {ours['task'].nunique()} tasks; pruned on a task's text, the paper's on Wikipedia and books"
+    tasks = ours["task"].nunique()
+    evidence = f"mean over {tasks} task{'s' * (tasks > 1)}; pruned on a task's text, the paper's on Wikipedia and books"
     holds = bool(mean >= shares.mean() - QUALITY_TOLERANCE)
     return verdict(claim, "quality", printed, f"{mean:.1f} % kept", holds, evidence, seeds_of(ours))
