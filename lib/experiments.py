@@ -25,7 +25,7 @@ from lib.evaluation import evaluate_model
 from lib.fisher_speed import fisher_cost
 from lib.metrics import score
 from lib.models import load_model, load_tokenizer
-from lib.runs import hold_lock, obtain
+from lib.runs import hold_lock, obtain, same_as_recorded
 from lib.settings import Profile
 from lib.specs import (
     ContributionSpec,
@@ -98,6 +98,9 @@ def finished_model(
     """The model that a run ended with; trained again when only its record travelled, not its weights.
 
     Two processes that miss the same weights train them once.
+
+    Raises:
+        StudyError: what was trained again is another model than the recorded one, by its score.
     """
     folder = weights_folder(profile, spec)
     if not distributed.agree(folder.is_dir()):
@@ -106,7 +109,8 @@ def finished_model(
                 if isinstance(spec, TextDistillationSpec):
                     run_text_distillation(spec, profile)
                 else:
-                    run_training(spec, profile, keep_weights=True)
+                    found = run_training(spec, profile, keep_weights=True)
+                    same_as_recorded(profile, spec, found["score"], folder)
         distributed.agree(True)  # the first process has written them
     return load_compressed(folder)
 

@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,8 @@ from lib.files import cannot_write, refused_write, write_atomically
 from lib.progress import duration, say
 from lib.settings import Profile, Strict
 from lib.specs import Spec, label, parse_spec, spec_hash
+
+SAME_MODEL = 2.0  # points of score: by how much weights that are trained again may differ from their record
 
 
 class Record(Strict):
@@ -162,6 +165,26 @@ def obtain(profile: Profile, spec: Spec) -> Record:
     from lib.experiments import execute
 
     return cached(profile, spec) or _compute(profile, spec, execute, refresh=False)
+
+
+def same_as_recorded(profile: Profile, spec: Spec, score: float, weights: Path) -> None:
+    """Check weights that were trained again because only their record travelled.
+
+    Other threads or hardware make another model of the same settings: differences up to ``SAME_MODEL`` points are let
+    pass, others are refused and the ``weights`` removed.
+
+    Raises:
+        StudyError: the score is another one than the record's.
+    """
+    recorded = cached(profile, spec)
+    if recorded is None or abs(score - recorded["score"]) <= SAME_MODEL:
+        return
+    shutil.rmtree(weights, ignore_errors=True)
+    raise StudyError(
+        f"{label(spec)}: its weights were missing and were trained again, and score {score:.1f}; its record says "
+        f"{recorded['score']:.1f}. Runs that begin with it would refer to another model: delete "
+        f"{record_path(profile, spec)} and the records made from it, or take another folder (-p results FOLDER)"
+    )
 
 
 def _note_other_code(records: Iterable[Record]) -> None:

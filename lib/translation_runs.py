@@ -23,7 +23,7 @@ from lib.models import count_parameters
 from lib.quantized_layers import is_quantized
 from lib.quantized_storage import DESCRIPTION as GRIDS
 from lib.quantized_storage import load_quantized, save_quantized
-from lib.runs import hold_lock
+from lib.runs import hold_lock, same_as_recorded
 from lib.search import translate
 from lib.settings import Profile
 from lib.specs import TranslationSpec, label, spec_hash
@@ -93,7 +93,8 @@ def finished_translation(profile: Profile, spec: TranslationSpec) -> tuple[Trans
     if not distributed.agree(folder.is_dir()):
         with hold_lock(profile, spec):
             if not distributed.agree(folder.is_dir()):
-                run_translation(spec, profile, keep_weights=True)
+                found = run_translation(spec, profile, keep_weights=True)
+                same_as_recorded(profile, spec, found["score"], folder)
         distributed.agree(True)  # the first process has written them
     return load_translation(folder)
 

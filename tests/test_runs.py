@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -408,12 +409,13 @@ def test_two_that_miss_the_same_weights_train_them_once(profile, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
     trained: list[str] = []
 
-    def train(spec: TrainSpec, profile: Profile, keep_weights: bool) -> None:
+    def train(spec: TrainSpec, profile: Profile, keep_weights: bool) -> dict[str, float]:
         assert keep_weights
         trained.append(spec_hash(spec))
         started.set()
         assert go_on.wait(30)
         experiments.weights_folder(profile, spec).mkdir(parents=True)
+        return {"score": 50.0}
 
     monkeypatch.setattr(experiments, "run_training", train)
     monkeypatch.setattr(experiments, "load_compressed", lambda folder: folder)
@@ -426,6 +428,28 @@ def test_two_that_miss_the_same_weights_train_them_once(profile, monkeypatch):
         go_on.set()
         assert first.result(30) == second.result(30) == experiments.weights_folder(profile, spec)
     assert trained == [spec_hash(spec)]
+
+
+@pytest.mark.parametrize("points", [-5.0, -1.0, 1.0, 5.0])
+def test_weights_trained_again_must_be_the_recorded_model(profile, monkeypatch, points):
+    """A record that travelled without its weights: retraining may round differently, but not end elsewhere."""
+    spec = dense_spec(profile, "world_sentiment", 0)
+    (record,) = ensure([spec], profile)
+    folder = experiments.weights_folder(profile, spec)
+    shutil.rmtree(folder)
+
+    def train(spec: TrainSpec, profile: Profile, keep_weights: bool) -> dict[str, float]:
+        folder.mkdir(parents=True)
+        return {"score": record["score"] + points}
+
+    monkeypatch.setattr(experiments, "run_training", train)
+    monkeypatch.setattr(experiments, "load_compressed", lambda folder: folder)
+    if abs(points) < runs.SAME_MODEL:
+        assert experiments.finished_model(profile, spec) == folder
+        return
+    with pytest.raises(StudyError, match=r"world_sentiment_dense_seed0: .* trained again, and score .*its record says"):
+        experiments.finished_model(profile, spec)
+    assert not folder.exists() and runs.cached(profile, spec) is not None
 
 
 def test_weights_are_not_trained_while_their_record_is_computed(profile, monkeypatch):
