@@ -30,6 +30,8 @@ from lib.config import ROOT
 from lib.environment import fast_cpu_environment
 from lib.gates import gate_shapes
 from lib.models import load_model, load_tokenizer
+from lib.runs import Record
+from lib.specs import Spec, spec_hash
 
 torch.set_num_threads(1)  # models this small gain nothing from two, and lose a lot on a busy machine
 
@@ -154,6 +156,14 @@ def profile_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def record(spec: Spec, **result: Any) -> Record:
+    """A finished run with this result, as frames and verdicts read it."""
+    return Record(
+        hash=spec_hash(spec), spec=spec, result=result, data=None, code="c", commit=None, created="2026-01-01",
+        seconds=1.0, hardware={"cpu": "Toy CPU"}, packages={},
+    )  # fmt: skip
 
 
 def small_profile(results: Path) -> dict[str, Any]:

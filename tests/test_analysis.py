@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import record
 
 from lib import claims
 from lib.analysis import latency_frame, published_retained, summarise, training_speed_frame
@@ -19,23 +20,14 @@ from lib.specs import (
     LatencyModel,
     LatencySpec,
     MajoritySpec,
-    Spec,
     TrainingSpeedSpec,
     TrainSpec,
-    spec_hash,
 )
 from lib.training import TrainingSettings
 
 TRAINING = TrainingSettings(epochs=2, batch_size=8, learning_rate=1e-4, max_length=64)
 TASKS = ("rte", "cola")
 LAYERS = 6
-
-
-def record(spec: Spec, **result: Any) -> Record:
-    return Record(
-        hash=spec_hash(spec), spec=spec, result=result, data=None, code="c", commit=None, created="2026-01-01",
-        seconds=1.0, hardware={"cpu": "Toy CPU"}, packages={},
-    )  # fmt: skip
 
 
 def dense(task: str = "rte", seed: int = 0) -> TrainSpec:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import record
 
 from lib.analysis.fullyqt import (
     bucketing_frame,
@@ -37,13 +38,6 @@ def profile(profile_file):
         "translation.world_translation.seeds": 2, "fully_quantized.qa_engines": ["onnxruntime-int8"],
         "fully_quantized.qa_aware_bits": [8],
     }))  # fmt: skip
-
-
-def record(spec: Spec, **result: Any) -> Record:
-    return Record(
-        hash=spec_hash(spec), spec=spec, result=result, data=None, code="c", commit=None, created="2026-01-01",
-        seconds=1.0, hardware={"cpu": "Toy CPU"}, packages={},
-    )  # fmt: skip
 
 
 def scored(spec: Spec, score: float, size: int = 1000, **rest: Any) -> Record:

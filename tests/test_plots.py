@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_analysis import record
+from conftest import record
 
 from lib.analysis.obert import speed_frame
 from lib.config import StudyError

@@ -213,15 +213,14 @@ def obert(profile: Profile) -> list[Spec]:
     profile = profile.model_copy(update={"obert": reduced})
     plan: list[Spec] = []
     others = [task for task in settings.other_tasks if task in profile.tasks]
-    seeds = dict.fromkeys(seed for task in (settings.task, *others) for seed in profile.task_seeds(task))
-    for seed in seeds:
+    for seed in profile.seeds:
         for task in (settings.task, *others):
-            plan += _rankings(profile, task, seed) if seed in profile.task_seeds(task) else []
-        if seed not in profile.task_seeds(settings.task):
-            continue
-        plan += [*_compound(profile, seed), *_one_shot(profile, seed), *_upstream(profile, seed)]
-        if settings.short_epochs:
-            plan += [pruned(profile, seed, sparsity, budget="short") for sparsity in (*settings.sparsities, 0.0)]
+            if seed in profile.task_seeds(task):
+                plan += _rankings(profile, task, seed)
+        if seed in profile.task_seeds(settings.task):
+            plan += [*_compound(profile, seed), *_one_shot(profile, seed), *_upstream(profile, seed)]
+            if settings.short_epochs:
+                plan += [pruned(profile, seed, sparsity, budget="short") for sparsity in (*settings.sparsities, 0.0)]
     return plan
 
 
