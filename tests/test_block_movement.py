@@ -323,7 +323,7 @@ def test_refill_keeps_what_is_there_and_fills_the_rest(small_model):
         if 0 < there.sum() < there.numel():
             spreads.append(float(after[~there].std() / before[there].std()))
     assert sum(spreads) / len(spreads) == pytest.approx(0.5, rel=0.1)
-    assert float(empty.std()) == pytest.approx(0.5 * model.config.initializer_range, rel=0.2)
+    assert float(empty.detach().std()) == pytest.approx(0.5 * model.config.initializer_range, rel=0.2)
     again = copy.deepcopy(hybrid)
     make_compressor(CompressorSpec(name="refill", settings={"noise": 0.5, "seed": 1})).attach(again)
     assert not torch.equal(_matrices(again, "attention")[0], _matrices(model, "attention")[0])
