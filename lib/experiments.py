@@ -23,6 +23,7 @@ from lib.data import encoder_task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import evaluate_model
 from lib.fisher_speed import fisher_cost
+from lib.labels import label
 from lib.metrics import score
 from lib.models import load_model, load_tokenizer
 from lib.runs import hold_lock, obtain, same_as_recorded
@@ -43,7 +44,6 @@ from lib.specs import (
     TranslationLatencySpec,
     TranslationSpec,
     UpstreamSpec,
-    label,
     spec_hash,
 )
 from lib.speed_runs import run_latency, run_stock_comparison, run_training_speed

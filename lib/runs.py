@@ -30,9 +30,10 @@ if __name__ == "__main__":
 from lib import distributed
 from lib.config import StudyError, load_profile
 from lib.files import cannot_write, refused_write, write_atomically
+from lib.labels import label
 from lib.progress import duration, say
 from lib.settings import Profile, Strict
-from lib.specs import Spec, label, parse_spec, spec_hash
+from lib.specs import Spec, parse_spec, spec_hash
 
 SAME_MODEL = 2.0  # points of score: by how much weights that are trained again may differ from their record
 

@@ -5,7 +5,6 @@ No path and no machine is part of a spec, so a record made elsewhere is found he
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -298,69 +297,6 @@ def spec_hash(spec: Spec) -> str:
     values = spec.model_dump(mode="json", exclude_defaults=True) | {"kind": spec.kind}
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def label(spec: Spec) -> str:
-    """A short human name, used in file names and progress lines."""
-    if isinstance(spec, TrainSpec):
-        parts = [spec.task, spec.compressor.name.rpartition(":")[2] if spec.compressor else "dense"]
-        settings = spec.compressor.settings if spec.compressor else {}
-        if "drop" in settings:
-            parts.append("-".join(map(str, settings["drop"])))
-        parts += [f"{kind}{density:g}" for kind, density in settings.get("densities", {}).items()]
-        parts += [f"{100 * settings['sparsity']:g}"] if "sparsity" in settings else []
-        parts += [f"runs{settings['group']}"] if settings.get("group", 1) > 1 else []
-        parts += [settings["importance"]] if settings.get("importance") in ("magnitude", "movement") else []
-        if spec.compressor and spec.compressor.name == "structured":
-            sources = [getattr(source, "method", "l0") for source in spec.informed_by[:1]]
-            parts += [settings.get("importance", ""), *sources, "trained" if spec.training.epochs else ""]
-        parts += [_factors(settings), "text" if isinstance(spec.start, TextDistillationSpec) else ""]
-        parts += [_blocks(spec.compressor)]
-        return "_".join([*filter(None, parts), f"seed{spec.seed}"])
-    if isinstance(spec, TextDistillationSpec):
-        return f"{spec.compressor.name.rpartition(':')[2]}_{_factors(spec.compressor.settings)}_seed{spec.seed}"
-    if isinstance(spec, FactorisationSpec):
-        return Path(spec.encoder).name
-    if isinstance(spec, TranslationSpec):
-        name = spec.compressor.name.rpartition(":")[2] if spec.compressor else "dense"
-        settings = spec.compressor.settings if spec.compressor else {}
-        bits = f"{settings['bits']}bit_" if "bits" in settings else ""
-        return "_".join(filter(None, [spec.task, name, _blocks(spec.compressor), f"{bits}seed{spec.seed}"]))
-    if isinstance(spec, ImportanceSpec):
-        return f"{spec.task}_{spec.method}_seed{spec.start.seed}"
-    if isinstance(spec, TranslationLatencySpec):
-        shape = spec.shape
-        return f"{shape.hidden_size}x{shape.layers}_batch{spec.batch}_length{spec.length}"
-    if isinstance(spec, EngineQualitySpec):
-        return f"{spec.engine}_{label(spec.start)}"
-    if isinstance(spec, FisherCostSpec):
-        return f"width{spec.width}"
-    if isinstance(spec, UpstreamSpec):
-        sparsity = 100 * spec.compressor.settings.get("sparsity", 0) if spec.compressor else 0
-        return f"{spec.task}_{f'pruned_{sparsity:g}' if sparsity else 'dense'}_seed{spec.seed}"
-    if isinstance(spec, ContributionSpec | MajoritySpec | StockComparisonSpec):
-        return spec.task
-    return f"{spec.dense}_batch{spec.batch}_length{spec.length}"
-
-
-def _blocks(compressor: CompressorSpec | None) -> str:
-    """Variant, block and strength of block movement pruning, for a label; empty for other compressors."""
-    if compressor is None or compressor.name != "block_movement":
-        return ""
-    settings = compressor.settings
-    block = "x".join(map(str, settings.get("block", ())))
-    names = [name for name in ("final_lambda", "density") if name in settings]
-    strength = [f"{name.removeprefix('final_')}{settings[name]:g}" for name in names]
-    return "-".join([settings.get("variant", "hybrid"), block, *strength])
-
-
-def _factors(settings: dict[str, Any]) -> str:
-    """Shapes of Kronecker factors, for a label; empty for other compressors."""
-    if "embedding" not in settings or "attention" not in settings:
-        return ""
-    shapes = ["x".join(map(str, settings[kind])) for kind in ("attention", "ffn")]
-    extra = [settings.get("initialisation", "")] if settings.get("initialisation") == "random" else []
-    return "-".join([*shapes, str(settings["embedding"]), *extra])
 
 
 def training_settings(profile: Profile, task: str, **changes: Any) -> TrainingSettings:

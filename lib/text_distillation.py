@@ -22,9 +22,10 @@ from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import EVAL_BATCH
 from lib.files import whole_folder
 from lib.kronecker_models import apply_factor_shapes, factor_shapes
+from lib.labels import label
 from lib.models import base_model, count_parameters, load_model, load_tokenizer
 from lib.settings import Profile
-from lib.specs import FactorisationSpec, TextDistillationSpec, label, spec_hash
+from lib.specs import FactorisationSpec, TextDistillationSpec, spec_hash
 from lib.surgery import save_compressed
 from lib.training import device, encode, fine_tune, use_bf16
 

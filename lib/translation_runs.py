@@ -19,6 +19,7 @@ from lib.compressors.base import Diverged
 from lib.config import StudyError
 from lib.data import get_task, load_task
 from lib.files import whole_folder
+from lib.labels import label
 from lib.models import count_parameters
 from lib.quantized_layers import is_quantized
 from lib.quantized_storage import DESCRIPTION as GRIDS
@@ -26,7 +27,7 @@ from lib.quantized_storage import load_quantized, save_quantized
 from lib.runs import hold_lock, same_as_recorded
 from lib.search import translate
 from lib.settings import Profile
-from lib.specs import TranslationSpec, label, spec_hash
+from lib.specs import TranslationSpec, spec_hash
 from lib.training import device, fine_tune, use_bf16
 from lib.translation import (
     TranslationConfig,

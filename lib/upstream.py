@@ -24,10 +24,11 @@ from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, logit_loss
 from lib.evaluation import EVAL_BATCH
 from lib.files import whole_folder
+from lib.labels import label
 from lib.models import encoder_source, load_config, load_tokenizer
 from lib.runs import hold_lock
 from lib.settings import Profile
-from lib.specs import UpstreamSpec, label, spec_hash
+from lib.specs import UpstreamSpec, spec_hash
 from lib.training import TrainingSettings, device, fine_tune, use_bf16
 
 IGNORED = -100

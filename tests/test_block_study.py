@@ -21,13 +21,14 @@ from lib.claims import block_movement as claims_of
 from lib.compressors import CompressorSpec
 from lib.config import StudyError, load_profile
 from lib.experiments import weights_folder
+from lib.labels import label
 from lib.models import ARCHITECTURES
 from lib.plans.block_movement import COPIES, chunks, pruned, resident_bytes
 from lib.plots import block_movement as plots
 from lib.published import published
 from lib.published_shapes import FILE, HEADLINE, distinct_shapes, published_shapes, shapes_frame
 from lib.runs import ensure
-from lib.specs import LatencyModel, LatencySpec, TrainSpec, label, parse_spec, spec_hash
+from lib.specs import LatencyModel, LatencySpec, TrainSpec, parse_spec, spec_hash
 from lib.speed_runs import build, run_latency
 from lib.surgery import load_compressed
 

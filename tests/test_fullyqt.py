@@ -19,11 +19,12 @@ from lib.analysis.fullyqt import (
 )
 from lib.claims import fullyqt as claims_of
 from lib.config import StudyError, load_profile
+from lib.labels import label
 from lib.plans import fullyqt as plan
 from lib.plans import make_plan
 from lib.quantized_layers import PARTS
 from lib.runs import Record, ensure
-from lib.specs import EngineQualitySpec, Spec, TranslationLatencySpec, TranslationSpec, dense_spec, label, spec_hash
+from lib.specs import EngineQualitySpec, Spec, TranslationLatencySpec, TranslationSpec, dense_spec, spec_hash
 
 DELAY = 0.25
 TASK = "world_translation"

@@ -23,10 +23,11 @@ from lib.config import ROOT, StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.distillation import Distillation
 from lib.fisher import BlockFisher
+from lib.labels import label
 from lib.models import published_parameters
 from lib.plans.obert import SOFT, fewer_layers, language_model, pruned, schedule, sparse_speed, transfer
 from lib.runs import ensure
-from lib.specs import LatencySpec, TrainSpec, UpstreamSpec, label, parse_spec, spec_hash
+from lib.specs import LatencySpec, TrainSpec, UpstreamSpec, parse_spec, spec_hash
 from lib.training import TrainingSettings
 from lib.upstream import (
     IGNORED,

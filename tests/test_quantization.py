@@ -16,6 +16,7 @@ from lib.batches import TrainingData
 from lib.compressors import CompressorSpec, make_compressor
 from lib.config import StudyError, load_profile
 from lib.experiments import run_training
+from lib.labels import label
 from lib.plans.fullyqt import dense_translation
 from lib.quantized_layers import (
     PARTS,
@@ -29,7 +30,6 @@ from lib.quantized_layers import (
 from lib.quantized_storage import pack, stored_bytes, unpack
 from lib.quantizers import RunningRange, Switch, decode, encode, fake_quantize, step_size, weight_range
 from lib.runs import ensure
-from lib.specs import label
 from lib.surgery import load_compressed, save_compressed
 from lib.training import StudyCallback
 from lib.translation import TranslationModel, TranslationShape, collate_pairs, new_model, train_vocabulary

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lib import experiments
 from lib.agreement import check_agreement, random_batch
 from lib.compressors import CompressorSpec, L0Gates, StructuredPruning, make_compressor
-from lib.compressors.structured import keep_best, kept_masks, magnitude, remove, target_density
+from lib.compressors.selection import keep_best, kept_masks, magnitude, remove, target_density
 from lib.config import StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.engines import prepare

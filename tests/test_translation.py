@@ -14,11 +14,12 @@ from datasets import Dataset
 
 from lib.config import ROOT, StudyError, load_profile
 from lib.data import load_task
+from lib.labels import label
 from lib.plans import make_plan
 from lib.plans.fullyqt import dense_translation
 from lib.runs import ensure
 from lib.search import search, translate
-from lib.specs import label, parse_spec
+from lib.specs import parse_spec
 from lib.translation import (
     END_ID,
     IGNORED,

@@ -9,13 +9,14 @@ from pydantic import Field, ValidationError
 from lib.compressors.base import Compressor
 from lib.compressors.block_movement import BlockMovement
 from lib.compressors.kronecker import Kronecker
+from lib.compressors.l0_gates import L0Gates
 from lib.compressors.layer_dropping import LayerDropping
 from lib.compressors.masked import FixedMasks
 from lib.compressors.obert import ObertPruning
 from lib.compressors.quantization import Quantization
 from lib.compressors.refill import Refill
 from lib.compressors.sparse_int8 import SparseInt8
-from lib.compressors.structured import L0Gates, StructuredPruning
+from lib.compressors.structured import StructuredPruning
 from lib.config import StudyError
 from lib.settings import Strict
 
