@@ -8,7 +8,7 @@ everywhere (Okabe-Ito without yellow; dense is black); ours is filled, published
 import io
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,11 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from numpy.typing import ArrayLike
-from scipy import stats
 
 from lib.config import StudyError
 from lib.files import write_atomically
+from lib.intervals import bootstrap_interval
 from lib.tables import csv_text
 from lib.tables import save_table as save_table
 from lib.tables import show as show
@@ -143,15 +142,6 @@ _UNSTAMPED: dict[str, dict[str, None]] = {
 }
 
 
-class Interval(NamedTuple):
-    """A mean with its 95 % interval; ``low`` and ``high`` are NaN when ``n`` is below 2."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-
 def new_figure(size: str = "column", rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure of house size ("column" 3.25×2.3 in, "page" 5.5×2.6 in) and its axes; sets the house style globally.
 
@@ -200,24 +190,6 @@ def style_of(method: str, published: bool = False) -> dict[str, Any]:
         "linestyle": DASHES if published else "-",
         "label": label + PUBLISHED if published else label,
     }
-
-
-def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 9999) -> Interval:
-    """Mean and 95 % percentile-bootstrap interval of ``values`` (NaN are left out).
-
-    With a handful of seeds the interval is narrow by construction: it shows the spread that was seen, not all there is.
-    """
-    sample = np.asarray(values, dtype=float).ravel()
-    sample = sample[~np.isnan(sample)]
-    if sample.size == 0:
-        return Interval(np.nan, np.nan, np.nan, 0)
-    if sample.size == 1 or np.ptp(sample) == 0:
-        bound = float("nan") if sample.size == 1 else float(sample[0])
-        return Interval(float(sample[0]), bound, bound, sample.size)
-    random = np.random.default_rng(seed)
-    result = stats.bootstrap((sample,), np.mean, n_resamples=resamples, method="percentile", rng=random)
-    low, high = result.confidence_interval
-    return Interval(float(sample.mean()), float(low), float(high), sample.size)
 
 
 def band_plot(

@@ -16,8 +16,8 @@ import pandas as pd
 from lib.config import StudyError
 from lib.data import TASKS
 from lib.experiments import weights_folder
-from lib.figures import bootstrap_interval
 from lib.files import write_atomically
+from lib.intervals import bootstrap_interval
 from lib.plans.frontier import recipes
 from lib.runs import Record, read_record
 from lib.settings import Profile

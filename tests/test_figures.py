@@ -16,6 +16,7 @@ from PIL import Image
 
 from lib import figures, tables
 from lib.config import StudyError
+from lib.intervals import bootstrap_interval
 
 DRAW = """
 import sys
@@ -104,17 +105,17 @@ def test_ours_is_filled_and_published_hollow():
 
 def test_bootstrap_interval():
     values = np.random.default_rng(3).normal(80, 2, size=40)
-    interval = figures.bootstrap_interval(values)
-    assert interval == figures.bootstrap_interval(values)
+    interval = bootstrap_interval(values)
+    assert interval == bootstrap_interval(values)
     assert interval.mean == pytest.approx(values.mean()) and interval.n == 40
     half = 1.96 * values.std() / np.sqrt(40)  # the normal approximation is close at n = 40
     assert interval.low == pytest.approx(values.mean() - half, abs=0.15)
     assert interval.high == pytest.approx(values.mean() + half, abs=0.15)
 
-    alone = figures.bootstrap_interval([81.0, float("nan")])
+    alone = bootstrap_interval([81.0, float("nan")])
     assert alone.mean == 81 and alone.n == 1 and np.isnan(alone.low) and np.isnan(alone.high)
-    assert figures.bootstrap_interval([5.0, 5.0]) == (5, 5, 5, 2)
-    assert np.isnan(figures.bootstrap_interval([]).mean)
+    assert bootstrap_interval([5.0, 5.0]) == (5, 5, 5, 2)
+    assert np.isnan(bootstrap_interval([]).mean)
 
 
 def test_band_plot_draws_what_it_returns():

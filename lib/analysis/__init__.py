@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lib.config import StudyError
-from lib.figures import bootstrap_interval
+from lib.intervals import bootstrap_interval
 from lib.published import published
 from lib.runs import Record
 from lib.specs import LatencySpec, TrainingSpeedSpec, TrainSpec

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lib.figures import Interval, bootstrap_interval
+from lib.intervals import Interval, bootstrap_interval
 
 SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share

@@ -6,7 +6,7 @@ import pandas as pd
 from lib.analysis.block_movement import headline_shape
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, leads, seeds_of, verdict
 from lib.data import TASKS
-from lib.figures import bootstrap_interval
+from lib.intervals import bootstrap_interval
 from lib.models import ARCHITECTURES
 from lib.published import published
 

@@ -4,7 +4,7 @@ import pandas as pd
 
 from lib.analysis.fullyqt import everything, published_retained
 from lib.claims import NOT_RUN, leads, seeds_of, verdict
-from lib.figures import bootstrap_interval
+from lib.intervals import bootstrap_interval
 from lib.published import published
 from lib.quantized_storage import exact_bytes
 from lib.translation import TranslationConfig, TranslationModel

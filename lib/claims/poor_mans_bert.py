@@ -6,7 +6,7 @@ import pandas as pd
 from lib.analysis import published_retained
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, seeds_of, signed, verdict
 from lib.data import TASKS
-from lib.figures import bootstrap_interval
+from lib.intervals import bootstrap_interval
 from lib.models import published_parameters
 from lib.published import published
 

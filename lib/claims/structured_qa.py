@@ -7,7 +7,7 @@ import pandas as pd
 
 from lib.analysis.structured_qa import NONE, exact_sizes, published_points
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, leads, verdict
-from lib.figures import bootstrap_interval
+from lib.intervals import bootstrap_interval
 from lib.published import published
 
 POINT = {"heads": 0.474, "units": 0.348}  # the operating point of the headline: "ff2 + attn2" of Table 1

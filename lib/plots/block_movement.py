@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lib import figures
 from lib.analysis.block_movement import alive, history_frame, score_counts, survivors
+from lib.intervals import bootstrap_interval
 from lib.published_shapes import HEADLINE
 from lib.runs import Record
 
@@ -53,7 +54,7 @@ def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> p
     """Mean over seeds of both coordinates at each strength, joined by a line, with the 95 % interval of ``y``."""
     rows = []
     for strength, group in part.groupby("strength"):
-        found = figures.bootstrap_interval(group[y])
+        found = bootstrap_interval(group[y])
         rows.append({"method": method, "published": False, "strength": strength, x: group[x].mean(), y: found.mean,
                      "low": found.low, "high": found.high, "n": found.n})  # fmt: skip
     points = pd.DataFrame(rows).sort_values(x)
