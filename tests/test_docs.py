@@ -52,7 +52,8 @@ def test_the_example_in_the_docs_runs_as_printed(tmp_path, monkeypatch, capsys):
 
 
 def test_every_command_and_parameter_of_the_docs_exists():
-    from lib.execute import notebooks, parameters_of
+    from lib.execute import notebooks
+    from lib.notebook_parameters import parameters_of
     from lib.plans import PLANS
 
     known = {name for path in notebooks() for name in parameters_of(path)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lib import execute
+from lib import execute, notebook_parameters
 from lib.config import ROOT
 
 PARAMETERS = """\
@@ -123,7 +123,7 @@ def test_unknown_profile_and_missing_or_damaged_notebooks(folder, capfd):
 def test_a_parameter_goes_to_the_notebooks_that_have_it(folder):
     first = notebook(folder, "00_a.ipynb", parameters='profile: str = "quick"  # which')
     second = notebook(folder, "01_b.ipynb")
-    chosen = execute.assign([first, second], [("count", "7")], "smoke")
+    chosen = notebook_parameters.assign([first, second], [("count", "7")], "smoke")
     assert chosen == {first: {"profile": "smoke"}, second: {"profile": "smoke", "count": 7}}
 
 
@@ -141,7 +141,7 @@ def test_a_parameter_goes_to_the_notebooks_that_have_it(folder):
     ],
 )
 def test_values_are_yaml_held_to_the_annotation(kind, text, value):
-    parsed = execute.parse("x", text, {"inferred_type_name": kind, "help": ""})
+    parsed = notebook_parameters.parse("x", text, {"inferred_type_name": kind, "help": ""})
     assert parsed == value and type(parsed) is type(value)
 
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from lib import data, execute, runs
+from lib import data, execute, notebook_parameters, runs
 from lib.config import StudyError, load_profile
 from lib.data import data_digest, load_task
 from lib.specs import data_source, dense_spec
@@ -130,7 +130,7 @@ def test_bad_files_are_one_line(make, said, tmp_path):
 def test_the_command_line_makes_paths_absolute_and_keeps_them_out_of_executed_notebooks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     declared = {"inferred_type_name": "list", "help": ""}
-    assert execute.parse("tasks", '["mine.json", rte]', declared) == [str(tmp_path / "mine.json"), "rte"]
+    assert notebook_parameters.parse("tasks", '["mine.json", rte]', declared) == [str(tmp_path / "mine.json"), "rte"]
     cell = nbformat.v4.new_code_cell(f"tasks = ['{tmp_path}/mine.json']")
     made = nbformat.v4.new_notebook(cells=[cell], metadata={"papermill": {}})
     parameters = {"tasks": [str(tmp_path / "mine.json"), "rte"]}
