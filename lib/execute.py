@@ -32,6 +32,7 @@ from lib.progress import duration
 from lib.settings import Profile
 
 NOTEBOOKS = ROOT / "notebooks"
+OVERVIEW = "00_start_here"  # counts what the others find, so a series ends with it as it began
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -174,12 +175,14 @@ def _near(path: Path, base: Path | None = None) -> str:
 
 
 def run_all(paths: Sequence[Path], profile: Profile, chosen: dict[Path, dict[str, Any]]) -> None:
-    """Execute ``paths`` in order, stop at the first that fails, and end with a table of what was made."""
-    outcomes = [Outcome(path.name) for path in paths]
+    """Execute ``paths`` in order, the overview once more, stop at the first that fails; print what was made."""
+    again = [path for path in paths if path.stem == OVERVIEW and len(paths) > 1]
+    outcomes = [Outcome(path.name) for path in paths] + [Outcome(f"{path.name}, again") for path in again]
+    paths = [*paths, *again]
     before = _counts(profile.results)
     try:
         for number, (path, outcome) in enumerate(zip(paths, outcomes, strict=True), 1):
-            print(f"-> {path.name} ({number} of {len(paths)})", flush=True)
+            print(f"-> {outcome.name} ({number} of {len(paths)})", flush=True)
             started, outcome.status = time.monotonic(), "failed"
             try:
                 run(path, profile.results / "notebooks", chosen[path])

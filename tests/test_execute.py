@@ -155,6 +155,18 @@ def test_help_lists_each_parameter_with_its_meaning(folder, capfd):
     assert capfd.readouterr().out == "00_a.ipynb\n01_b.ipynb\n"
 
 
+def test_a_series_ends_with_the_overview_once_more(folder, capfd):
+    found = folder / "found"
+    look = f"from pathlib import Path\nprint(Path({str(found)!r}).exists())"
+    notebook(folder, f"{execute.OVERVIEW}.ipynb", look)
+    notebook(folder, "01_toy.ipynb", f"open({str(found)!r}, 'w').close()")
+    made = folder.parent / "results" / "notebooks" / f"{execute.OVERVIEW}.ipynb"
+    assert run(folder, "--only", "00") == 0
+    assert outputs(made)[0]["text"] == ["False\n"] and "again" not in capfd.readouterr().out
+    assert run(folder) == 0
+    assert outputs(made)[0]["text"] == ["True\n"] and "00_start_here.ipynb, again" in capfd.readouterr().out
+
+
 def test_a_failing_cell_stops_the_run_and_keeps_what_was_there(folder, capfd):
     path = notebook(folder, "00_toy.ipynb", "print('good')")
     notebook(folder, "01_later.ipynb", "print('later')")
