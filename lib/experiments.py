@@ -100,17 +100,17 @@ def finished_model(
     Two processes that miss the same weights train them once.
 
     Raises:
-        StudyError: what was trained again is another model than the recorded one, by its score.
+        StudyError: what was trained again is another model than the recorded one.
     """
     folder = weights_folder(profile, spec)
     if not distributed.agree(folder.is_dir()):
         with hold_lock(profile, spec):
             if not distributed.agree(folder.is_dir()):
                 if isinstance(spec, TextDistillationSpec):
-                    run_text_distillation(spec, profile)
+                    found = run_text_distillation(spec, profile)
                 else:
                     found = run_training(spec, profile, keep_weights=True)
-                    same_as_recorded(profile, spec, found["score"], folder)
+                same_as_recorded(profile, spec, found, folder)
         distributed.agree(True)  # the first process has written them
     return load_compressed(folder)
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -36,6 +36,7 @@ from lib.settings import Profile, Strict
 from lib.specs import Spec, parse_spec, spec_hash
 
 SAME_MODEL = 2.0  # points of score: by how much weights that are trained again may differ from their record
+SAME_LOSS = 0.05  # the same as a share, of a model that is measured by its loss alone
 
 
 class Record(Strict):
@@ -168,24 +169,32 @@ def obtain(profile: Profile, spec: Spec) -> Record:
     return cached(profile, spec) or _compute(profile, spec, execute, refresh=False)
 
 
-def same_as_recorded(profile: Profile, spec: Spec, score: float, weights: Path) -> None:
-    """Check weights that were trained again because only their record travelled.
+def same_as_recorded(profile: Profile, spec: Spec, found: Mapping[str, Any], weights: Path) -> None:
+    """Check weights that were trained again because only their record travelled; ``found`` is the new run's result.
 
-    Other threads or hardware make another model of the same settings: differences up to ``SAME_MODEL`` points are let
-    pass, others are refused and the ``weights`` removed.
+    Other threads or hardware make another model of the same settings: small differences in what the run measured
+    (``SAME_MODEL`` points of a score or accuracy, ``SAME_LOSS`` of a loss) are let pass, others are refused and the
+    ``weights`` removed.
 
     Raises:
-        StudyError: the score is another one than the record's.
+        StudyError: it is another model than the recorded one.
     """
     recorded = cached(profile, spec)
-    if recorded is None or abs(score - recorded["score"]) <= SAME_MODEL:
-        return
-    shutil.rmtree(weights, ignore_errors=True)
-    raise StudyError(
-        f"{label(spec)}: its weights were missing and were trained again, and score {score:.1f}; its record says "
-        f"{recorded['score']:.1f}. Runs that begin with it would refer to another model: delete "
-        f"{record_path(profile, spec)} and the records made from it, or take another folder (-p results FOLDER)"
-    )
+    now = _quality(found)
+    for name, before in _quality(recorded.result).items() if recorded else ():
+        if abs(now[name] - before) > (SAME_MODEL if name in ("score", "accuracy") else SAME_LOSS * abs(before)):
+            shutil.rmtree(weights, ignore_errors=True)
+            raise StudyError(
+                f"{label(spec)}: its weights were missing and were trained again: {name} {now[name]:.4g}, its record "
+                f"says {before:.4g}. Runs that begin with it would refer to another model: delete "
+                f"{record_path(profile, spec)} and the records made from it, or take another folder (-p results FOLDER)"
+            )
+
+
+def _quality(result: Mapping[str, Any]) -> dict[str, float]:
+    """What tells a run's model from another: its score, a language model's accuracy, or the losses of a first stage."""
+    measure = next((name for name in ("score", "accuracy") if name in result), None)
+    return {measure: result[measure]} if measure else dict(result["after"])
 
 
 def _note_other_code(records: Iterable[Record]) -> None:

@@ -95,7 +95,7 @@ def finished_translation(profile: Profile, spec: TranslationSpec) -> tuple[Trans
         with hold_lock(profile, spec):
             if not distributed.agree(folder.is_dir()):
                 found = run_translation(spec, profile, keep_weights=True)
-                same_as_recorded(profile, spec, found["score"], folder)
+                same_as_recorded(profile, spec, found, folder)
         distributed.agree(True)  # the first process has written them
     return load_translation(folder)
 

@@ -26,7 +26,7 @@ from lib.evaluation import EVAL_BATCH
 from lib.files import whole_folder
 from lib.labels import label
 from lib.models import encoder_source, load_config, load_tokenizer
-from lib.runs import hold_lock
+from lib.runs import hold_lock, same_as_recorded
 from lib.settings import Profile
 from lib.specs import UpstreamSpec, spec_hash
 from lib.training import TrainingSettings, device, fine_tune, use_bf16
@@ -199,5 +199,5 @@ def upstream_folder(profile: Profile, spec: UpstreamSpec) -> str:
     if not folder.is_dir():
         with hold_lock(profile, spec):
             if not folder.is_dir():
-                run_upstream(spec, profile)
+                same_as_recorded(profile, spec, run_upstream(spec, profile), folder)
     return str(folder)

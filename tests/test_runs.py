@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import record
 
 from lib import experiments, files, runs, speed_runs
 from lib.compressors import CompressorSpec
@@ -447,9 +448,32 @@ def test_weights_trained_again_must_be_the_recorded_model(profile, monkeypatch, 
     if abs(points) < runs.SAME_MODEL:
         assert experiments.finished_model(profile, spec) == folder
         return
-    with pytest.raises(StudyError, match=r"world_sentiment_dense_seed0: .* trained again, and score .*its record says"):
+    with pytest.raises(StudyError, match=r"world_sentiment_dense_seed0: .* trained again: score .*its record says"):
         experiments.finished_model(profile, spec)
     assert not folder.exists() and runs.cached(profile, spec) is not None
+
+
+@pytest.mark.parametrize(
+    ("recorded", "found", "same"),
+    [
+        ({"accuracy": 40.0, "loss": 3.0}, {"accuracy": 41.5, "loss": 9.0}, True),
+        ({"accuracy": 40.0}, {"accuracy": 37.0}, False),
+        ({"after": {"hidden": 0.5, "embedding": 2.0}}, {"after": {"hidden": 0.51, "embedding": 1.95}}, True),
+        ({"after": {"hidden": 0.5, "embedding": 2.0}}, {"after": {"hidden": 0.5, "embedding": 2.2}}, False),
+    ],
+)
+def test_models_without_a_task_are_told_apart(profile, monkeypatch, tmp_path, recorded, found, same):
+    """Language models by their accuracy in points, first stages by each loss as a share."""
+    spec = dense_spec(profile, "world_sentiment", 0)
+    monkeypatch.setattr(runs, "cached", lambda *_: record(spec, **recorded))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    if same:
+        runs.same_as_recorded(profile, spec, found, weights)
+    else:
+        with pytest.raises(StudyError, match="its weights were missing and were trained again"):
+            runs.same_as_recorded(profile, spec, found, weights)
+    assert weights.exists() == same
 
 
 def test_weights_are_not_trained_while_their_record_is_computed(profile, monkeypatch):
