@@ -86,6 +86,8 @@ def test_runs_under_smoke(path, smoke):
     outputs = [output for cell in cells for output in cell.outputs]
     assert all(cell.execution_count for cell in cells if cell.source.strip())
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    plain = [output.data["text/plain"] for output in outputs if set(output.get("data", ())) == {"text/plain"}]
+    assert not [text for text in plain if re.match(r"\[?<|Text\(", text)], "the name of an object is shown"
     text = json.dumps(executed)
     for machine in (str(ROOT), str(smoke), sys.prefix):
         assert machine not in text
