@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "kronecker": ("KroneckerBERT", "kronecker"),
 }
 DENSE, COMPOUND = "Dense", "Compound"
+VERDICTS = ("holds", "holds in part", "does not hold here", "cannot tell", "too few seeds to tell", "not testable here")
 
 
 def all_records(profile: Profile) -> list[Record]:
@@ -256,3 +257,14 @@ def verdicts(study: Profile) -> tuple[pd.DataFrame, list[str]]:
             missing.append(f"{paper} (notebook {number})")
     columns = ["paper", "claim", "check", "published", "ours", "verdict", "evidence"]
     return pd.concat(found)[columns] if found else pd.DataFrame(columns=columns), missing
+
+
+def verdict_counts(study: Profile) -> pd.DataFrame:
+    """How many claims of each paper got which verdict; a column more for the papers whose notebook has not run."""
+    table, missing = verdicts(study)
+    waiting = pd.DataFrame({"paper": missing, "verdict": "not executed yet"})
+    every = pd.concat([table[["paper", "verdict"]], waiting])
+    reasons_off = every["verdict"].str.split(r" \(|:", regex=True).str[0]
+    counts = pd.crosstab(every["paper"], reasons_off).reindex(every["paper"].unique())
+    ordered = [verdict for verdict in VERDICTS if verdict in counts]
+    return counts[[*ordered, *counts.columns.difference(ordered)]].rename_axis(columns=None).reset_index()

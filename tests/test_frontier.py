@@ -172,3 +172,19 @@ def test_verdicts_say_which_papers_are_missing(series):
     pd.DataFrame([row]).to_csv(folder / "05_verdicts.csv", index=False)
     table, missing = frontier.verdicts(study)
     assert table["paper"].tolist() == ["Sajjad 2020"] and len(missing) == 5
+
+
+def test_verdicts_are_counted_without_their_reasons(tmp_path):
+    study = load_profile("smoke", results=tmp_path)
+    (tmp_path / "tables").mkdir()
+    row = {"claim": "c", "check": "size", "published": "1", "ours": "1", "evidence": "e"}
+    given = ["not testable here", "too few seeds to tell (n = 1)", "cannot tell: the interval holds zero", "holds"]
+    pd.DataFrame([row | {"verdict": verdict} for verdict in [*given, "holds"]]).to_csv(
+        tmp_path / "tables" / "05_verdicts.csv", index=False
+    )
+    counts = frontier.verdict_counts(study)
+    assert counts.columns.tolist() == [
+        "paper", "holds", "cannot tell", "too few seeds to tell", "not testable here", "not executed yet"
+    ]  # fmt: skip
+    assert counts.set_index("paper").loc["Sajjad 2020"].tolist() == [2, 1, 1, 1, 0]
+    assert len(counts) == 6 and counts["not executed yet"].sum() == 5
