@@ -159,8 +159,8 @@ def _worth_keeping(spec: TrainSpec, profile: Profile) -> bool:
         settings, wanted = spec.compressor.settings, profile.block_movement.block
         hybrid = settings.get("variant", "hybrid") == "hybrid" and "density" not in settings
         return hybrid and spec.teacher is not None and tuple(settings.get("block", ())) == wanted
-    pruned = spec.compressor.name in ("structured", "obert", "refill")
-    return pruned and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
+    final = spec.compressor.name in ("structured", "obert", "refill", "kronecker")
+    return final and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
 
 
 def _task_data(spec: TrainSpec, profile: Profile) -> DatasetDict:

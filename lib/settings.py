@@ -230,13 +230,16 @@ class KroneckerSettings(Strict):
 class FrontierSettings(Strict):
     """The compounds of notebook 08: every number of layers dropped with every operating point (heads, units) kept.
 
-    ``[1, 1]`` prunes no head or unit. Quality is measured on ``task`` through ``engines``, latency at ``batch`` and
-    ``length`` against the dense model on ``reference``.
+    ``[1, 1]`` prunes no head or unit. ``block_movement`` adds notebook 04's hybrid model at its first strength, filled,
+    and ``kronecker`` these configurations of notebook 07. Quality is measured on ``task`` through ``engines``, latency
+    at ``batch`` and ``length`` against the dense model on ``reference``.
     """
 
     task: str
     layers_dropped: tuple[int, ...] = Field(min_length=1)
     operating_points: tuple[tuple[Density, Density], ...] = Field(min_length=1)
+    block_movement: bool
+    kronecker: tuple[Configuration, ...]
     engines: tuple[str, ...] = Field(min_length=1)
     reference: str
     batch: PositiveInt

@@ -187,7 +187,8 @@ def small_profile(results: Path) -> dict[str, Any]:
                            "half_tasks": [], "speed_engines": ["pytorch-fp32"], "speed_k": [2],
                            "ablation_k": [2], "ablation_tasks": []},
         "frontier": {"task": "world_qa", "layers_dropped": [0, 2], "operating_points": [[1, 1]],
-                     "engines": ["onnxruntime-int8"], "reference": "pytorch-fp32", "batch": 1, "length": 16},
+                     "block_movement": False, "kronecker": [], "engines": ["onnxruntime-int8"],
+                     "reference": "pytorch-fp32", "batch": 1, "length": 16},
         "kronecker": {
             "configurations": ["kron8"], "untrained": ["kron8"], "tasks": ["world_sentiment"], "epoch_factor": 1,
             "epochs": {}, "learning_rate": 1e-3,

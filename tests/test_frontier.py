@@ -11,7 +11,7 @@ from lib.blocks import dense_weights
 from lib.compressors import COMPRESSORS, CompressorSpec
 from lib.config import StudyError, load_profile
 from lib.models import load_model
-from lib.plans.frontier import latency_model, recipe_name
+from lib.plans.frontier import FACTORS, HYBRID, latency_model, recipe_name
 from lib.runs import ensure
 from lib.specs import EngineQualitySpec, TrainSpec, dense_spec
 from lib.surgery import load_compressed
@@ -53,7 +53,7 @@ def series(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frontier")
     values = small_profile(folder / "results")
     values["tasks"] = {"world_qa": QA}
-    values["frontier"] |= {"operating_points": [[1, 1], [0.5, 0.5]]}
+    values["frontier"] |= {"operating_points": [[1, 1], [0.5, 0.5]], "block_movement": True, "kronecker": ["kron8"]}
     (folder / "tiny.yaml").write_text(safe_dump(values), encoding="utf-8")
     study = load_profile(folder / "tiny.yaml")
     records = ensure(plans.frontier(study), study)
@@ -63,21 +63,24 @@ def series(tmp_path_factory):
 def test_compounds_are_trained_measured_and_timed(series):
     study, records, timed = series
     names = list(plans.recipes(study, 0))
-    assert len(names) == 4 and names[0] == "dense"
+    assert len(names) == 6 and names[0] == "dense" and names[4:] == [HYBRID, f"{FACTORS}kron8"]
     rows = frontier.recipe_frame(study, records, timed)
     assert rows["recipe"].tolist() == names and (rows["speed"] > 0).all() and (rows["size (MB)"] > 0).all()
     dense = next(record for record in records if record.hash == frontier.spec_hash(dense_spec(study, "world_qa", 0)))
     kept = 100 * rows["score"] / dense["score"]
     np.testing.assert_allclose(rows["retained"], kept)
     assert {row["dense"] for record in timed for row in record["rows"]} == {"dense/pytorch-fp32"}
-    smallest = timed[0]["models"][names[-1]]
+    smallest = timed[0]["models"][names[3]]
     assert smallest["layers"] == 2 and smallest["shapes"] is not None
+    assert timed[0]["models"][f"{FACTORS}kron8"]["parameters"] < timed[0]["models"]["dense"]["parameters"]
 
 
 def test_timed_shapes_are_the_trained_ones(series):
     study, records, _ = series
     done = {record.hash: record for record in records}
     for name, spec in plans.recipes(study, 0).items():
+        if name.startswith(FACTORS):
+            continue
         record = done[frontier.spec_hash(spec)]
         model = latency_model(record, "tiny")
         assert [list(shape) for shape in model.shapes] == record["model"]["shapes"], name
@@ -87,13 +90,16 @@ def test_timed_shapes_are_the_trained_ones(series):
 def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
     study, records, _ = series
     frame = frontier.overview(frontier.all_records(study))
-    assert set(frame["family"]) == {"Poor Man's BERT", "Structured pruning", "Compound"}
+    assert set(frame["family"]) == {
+        "Poor Man's BERT", "Structured pruning", "Compound", "Block movement", "KroneckerBERT"
+    }  # fmt: skip
     training = {record.hash: record.result.get("training", {"seconds": 0, "threads": 1}) for record in records}
     seconds = {hash_: about["seconds"] * about["threads"] for hash_, about in training.items()}
     dropped = frame[frame["family"] == "Poor Man's BERT"].iloc[0]
     dense = seconds[frontier.spec_hash(dense_spec(study, "world_qa", 0))]
     assert dropped["cost (core-min)"] == pytest.approx((seconds[dropped["hash"]] + dense) / 60)
-    assert (frame["weights kept (%)"] < 100).all()
+    thinned = frame[frame["family"] != "Block movement"]  # whose few steps here prune nothing yet
+    assert (thinned["weights kept (%)"] < 100).all() and (frame["weights kept (%)"] <= 100).all()
     points = frontier.by_configuration(frame)
     assert len(points) == len(frame) and (points["n"] == 1).all()
 
@@ -146,12 +152,13 @@ def test_quality_on_an_engine_is_that_of_the_model(series):
     assert on_engine["score"] == pytest.approx(trained["score"])
 
 
-def test_export_is_a_folder_that_loads(series):
+@pytest.mark.parametrize(("recipe", "layers"), [(3, 2), (4, 4), (5, 4)])
+def test_export_is_a_folder_that_loads(series, recipe, layers):
     study, _, _ = series
-    name = list(plans.recipes(study, 0))[-1]
+    name = list(plans.recipes(study, 0))[recipe]
     folder = frontier.export(study, name, {"engine": "onnxruntime-int8"})
     model, tokenizer = load_compressed(folder)
-    assert len(model.bert.encoder.layer) == 2 and tokenizer is not None
+    assert len(model.bert.encoder.layer) == layers and tokenizer is not None
     assert json.loads((folder / "recipe.json").read_text())["recipe"] == name
     with pytest.raises(StudyError, match="no recipe 'none'; there is dense; "):
         frontier.export(study, "none", {})

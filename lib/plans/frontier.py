@@ -1,13 +1,18 @@
 """The runs of notebook 08: compounds of methods that no single paper has, their quality and latency on engines.
 
 A compound is made in the order that a practitioner would: drop layers from the pre-trained encoder and distil the dense
-model into it, train gates on what is left, cut, distil again, and let an engine quantise the rest.
+model into it, train gates on what is left, cut, distil again, and let an engine quantise the rest. Beside it stand the
+other methods whose models a dense engine can quantise: hybrid blocks, filled, and Kronecker factors.
 """
 
 from lib.compressors.layer_dropping import layers_to_drop
 from lib.config import StudyError
+from lib.kronecker_models import configuration
 from lib.models import ARCHITECTURES
+from lib.plans.block_movement import filled
+from lib.plans.block_movement import pruned as pruned_in_blocks
 from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
+from lib.plans.kronecker import task_stage
 from lib.plans.poor_mans_bert import dropped_and_distilled
 from lib.plans.structured_qa import pruned
 from lib.runs import Record
@@ -15,6 +20,8 @@ from lib.settings import Profile
 from lib.specs import EngineQualitySpec, LatencyModel, LatencySpec, Spec, TrainSpec, dense_spec, spec_hash
 
 UNTOUCHED = (1.0, 1.0)
+HYBRID = "hybrid blocks, filled"
+FACTORS = "Kronecker factors: "  # and the configuration
 
 
 def recipe_name(dropped: int, heads: float, units: float) -> str:
@@ -47,16 +54,21 @@ def recipes(profile: Profile, seed: int) -> dict[str, TrainSpec]:
                 both = {"heads": heads, "units": units}
                 parent = base if dropped else None
                 made[name] = pruned(profile, settings.task, seed, both, "l0", "retrain and distil", parent)
+    if settings.block_movement:
+        strength = profile.block_movement.strengths[0]
+        made[HYBRID] = filled(profile, pruned_in_blocks(profile, settings.task, seed, "hybrid", strength))
+    for name in settings.kronecker:
+        made[FACTORS + name] = task_stage(profile, settings.task, seed, name)
     return made
 
 
 def frontier(profile: Profile) -> list[Spec]:
-    """Every recipe and the gates it needs, a seed before the next; then its quality on every engine."""
+    """Every recipe and what it is made from, a seed before the next; then its quality on every engine."""
     plan: list[Spec] = []
     for seed in profile.task_seeds(profile.frontier.task):
         made = recipes(profile, seed).values()
         for recipe in made:
-            plan += [*recipe.informed_by, recipe]
+            plan += [*recipe.informed_by, *([recipe.start] if recipe.start else []), recipe]
         plan += [_quality(profile, recipe, engine) for recipe in made for engine in profile.frontier.engines]
     return plan
 
@@ -80,7 +92,10 @@ def recipe_latency(profile: Profile, records: list[Record]) -> list[Spec]:
     models = {"dense": LatencyModel(architecture=architecture)}
     for name, spec in recipes(profile, seed).items():
         record = done.get(spec_hash(spec))
-        if record is not None and name != "dense":
+        if record is not None and name.startswith(FACTORS):
+            shapes = configuration(name.removeprefix(FACTORS), ARCHITECTURES[architecture])
+            models[name] = LatencyModel(architecture=architecture, kronecker=shapes)
+        elif record is not None and name != "dense":
             models[name] = latency_model(record, architecture)
     engines = tuple(dict.fromkeys((settings.reference, *settings.engines)))
     return [
