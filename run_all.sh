@@ -201,7 +201,7 @@ run_tests() {
     cd "$root"
     echo "[3/3] Tests: ruff, mypy, pytest"
     # One thread in each process (tests/conftest.py); a file stays in one process, with what its tests share.
-    "$python" -m ruff check . && "$python" -m mypy lib &&
+    "$python" -m ruff check . && "$python" -m ruff format --check lib tests docs && "$python" -m mypy lib &&
         exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
 }
 

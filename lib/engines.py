@@ -341,9 +341,7 @@ _TABLE: dict[str, _Engine] = {
     "openvino-int8": _Engine("int8", "cpu", ("onnxscript", "openvino", "nncf"), _prepare_openvino),
     "pytorch-csr-fp32": _Engine("fp32", "cpu", (), _prepare_pytorch_sparse),
     "pytorch-tiles-fp32": _Engine("fp32", "cpu", (), _prepare_pytorch_sparse),
-    "openvino-sparse-int8": _Engine(
-        "int8", "cpu", ("onnxscript", "openvino", "nncf"), _prepare_openvino, _no_amx_int8
-    ),
+    "openvino-sparse-int8": _Engine("int8", "cpu", ("onnxscript", "openvino", "nncf"), _prepare_openvino, _no_amx_int8),
     "deepsparse-fp32": _Engine("fp32", "cpu", ("onnxscript",), _prepare_deepsparse, deepsparse.unavailable_reason),
     "deepsparse-int8": _Engine(
         "int8", "cpu", ("onnxscript", "onnxruntime"), _prepare_deepsparse, deepsparse.unavailable_reason

@@ -133,9 +133,7 @@ def clean(notebook: Any, source: Path, target: Path, parameters: dict[str, Any])
     for metadata in (notebook.metadata.papermill, *(cell.metadata.get("papermill", {}) for cell in notebook.cells)):
         metadata.pop("start_time", None)
         metadata.pop("end_time", None)
-    secrets = {
-        text: f"<{name}>" for name, value in parameters.items() for text in _texts_in(value) if _is_path(text)
-    }
+    secrets = {text: f"<{name}>" for name, value in parameters.items() for text in _texts_in(value) if _is_path(text)}
     secrets |= {os.environ["STUDY_DATA"]: "<STUDY_DATA>"} if _is_path(os.environ.get("STUDY_DATA")) else {}
     secrets |= {f"{ROOT}{os.sep}": "", str(ROOT): ".", sys.prefix: "<environment>", str(Path.home()): "~"}
     # longest first, since one may lie inside another; a home of "/" would take every slash

@@ -1,6 +1,6 @@
 """Ask a question-answering model on disk, compressed or not.
 
-    python -m lib.predict FOLDER --question "Who mined the ore?" --context "The ore was mined by Orla Venn."
+python -m lib.predict FOLDER --question "Who mined the ore?" --context "The ore was mined by Orla Venn."
 """
 
 import argparse

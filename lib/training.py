@@ -106,6 +106,7 @@ def encode(task: Task, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, set
     if task.kind == "qa":
         features = qa.features(dataset, tokenizer, settings.max_length, settings.stride, training)
     else:
+
         def tokenise(rows: dict[str, list]) -> dict[str, list]:
             texts = [rows[column] for column in task.columns]
             encoded = tokenizer(*texts, truncation=True, max_length=settings.max_length)

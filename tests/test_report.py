@@ -23,7 +23,7 @@ def executed(path: Path, title: str, code: str, picture: bytes | None = None) ->
     import base64
 
     made = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-    made.cells = [nbformat.v4.new_markdown_cell(f"# {title}\n\n{FORMULA}\n\n- one < two & \"three\"")]
+    made.cells = [nbformat.v4.new_markdown_cell(f'# {title}\n\n{FORMULA}\n\n- one < two & "three"')]
     cell = nbformat.v4.new_code_cell(code)
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="2 runs, 2 cached\n")]
     if picture:

@@ -155,4 +155,3 @@ def find(records: Iterable[Record], **wanted: Any) -> list[Record]:
             if all(about[key] == value for key, value in wanted.items()):
                 found.append(record)
     return found
-

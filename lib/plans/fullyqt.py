@@ -68,9 +68,7 @@ def dense_translation(profile: Profile, task: str, seed: int, **changes: Any) ->
 
 def translation(profile: Profile) -> list[Spec]:
     """The dense translation models, the headline task first."""
-    return [
-        dense_translation(profile, task, seed) for task in profile.translation for seed in profile.task_seeds(task)
-    ]
+    return [dense_translation(profile, task, seed) for task in profile.translation for seed in profile.task_seeds(task)]
 
 
 def trained_on(profile: Profile, task: str, seed: int, compressor: CompressorSpec | None = None) -> TranslationSpec:
