@@ -8,7 +8,7 @@ import pytest
 from conftest import record
 
 from lib import claims
-from lib.analysis import latency_frame, published_retained, summarise, training_speed_frame
+from lib.analysis import latency_frame, published_retained, structured_qa, summarise, training_speed_frame
 from lib.analysis.poor_mans_bert import PROCEDURES, contribution_frame, procedure, quality_frame, strategy_frame
 from lib.claims import poor_mans_bert as claims_of
 from lib.compressors import CompressorSpec
@@ -340,3 +340,22 @@ def test_a_strategy_that_lacks_runs_is_compared_on_the_shared_ones():
     found = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim")
     row = found.loc["Dropping from the top is the best or near-best strategy"]
     assert row["ours"] == "1 of 2" and "1 tasks, 2 seeds each" in row["evidence"]
+
+
+def test_operating_points_stand_beside_their_own_row_of_the_paper():
+    """Table 1 has 44.3 % of the heads twice, with all units and without 47.7 % of them."""
+    points = [
+        (0.557, 0.523, "none"),
+        (0.557, 0.523, "retrain"),
+        (0.474, 0.348, "retrain and distil"),
+        (0.3, 0.2, "none"),
+    ]
+    rows = [{"title": "SQuAD 1.1", "kind": "both", "selection": "l0", "heads": heads, "units": units,
+             "recovery": recovery, "retained": 90.0} for heads, units, recovery in points]  # fmt: skip
+    table = structured_qa.data_sets_frame(pd.DataFrame(rows)).set_index(["heads removed (%)", "recovery"])["published"]
+    printed = structured_qa.published_points().query("place == 'v1 Table 1'")
+    wanted = printed.set_index(["heads removed (%)", "units removed (%)", "recovery"])["retained"]
+    assert table[44, "none"] == wanted[44.3, 47.7, "none"] != wanted[44.3, 0, "none"]
+    assert table[53, "retrain and distil"] == wanted[52.6, 65.2, "retrain"]
+    assert np.isnan(table[44, "retrain"]) and np.isnan(table[70, "none"])
+    assert structured_qa.data_sets_frame(pd.DataFrame(rows).query("kind == 'heads'")).empty

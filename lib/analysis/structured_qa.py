@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from transformers import AutoModel
 
-from lib.analysis import of_same_seed, training_runs
+from lib.analysis import of_same_seed, summarise, training_runs
 from lib.data import TASKS
 from lib.models import ARCHITECTURES
 from lib.published import published
@@ -97,6 +97,24 @@ def published_points() -> pd.DataFrame:
     frame["heads removed (%)"], frame["units removed (%)"] = frame["heads"], frame["units"]
     frame["heads"], frame["units"] = 1 - frame["heads"] / 100, 1 - frame["units"] / 100
     return frame.rename_axis(columns=None)
+
+
+def data_sets_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """Retained share of the L0 gates' operating points per data set, the paper's Table 1 beside each.
+
+    Args:
+        frame: of ``structured_frame``.
+
+    What is distilled here stands beside what the paper retrained; ``published`` is NaN where Table 1 has no such point.
+    """
+    points = frame[(frame["kind"] == "both") & (frame["selection"] == "l0")]
+    removed = {f"{kind} removed (%)": (100 * (1 - points[kind])).round(0) for kind in ("heads", "units")}
+    table = summarise(points.assign(**removed), ["title", *removed, "recovery"], "retained")
+    printed = published_points().query("place == 'v1 Table 1'").round({name: 0 for name in removed})
+    paper = printed.set_index([*removed, "recovery"])["retained"]
+    trained = table["recovery"].where(table["recovery"] == NONE, "retrain")
+    table["published"] = paper.reindex([*zip(*(table[name] for name in removed), trained, strict=True)]).to_numpy()
+    return table.rename(columns={"title": "task"})
 
 
 def exact_sizes() -> pd.DataFrame:
