@@ -215,7 +215,8 @@ def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
                 "take": best["recipe"], "speed ×": best["speed"], "ms": best["ms"], "retained (%)": best["retained"],
                 "size (MB)": best["size (MB)"], "n": best["n"],
             })  # fmt: skip
-    return pd.DataFrame(rows)
+    columns = ["loss accepted (%)", "engine", "take", "speed ×", "ms", "retained (%)", "size (MB)", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def export(study: Profile, recipe: str, about: Mapping[str, Any]) -> Path | None:

@@ -36,6 +36,8 @@ def test_decisions_take_the_fastest_within_the_loss():
     assert taken[2.0, "a"] == "dense" and taken[2.0, "b"] == "small" and taken[2.0, "any: b"] == "small"
     assert taken[5.0, "any: a"] == "small" and taken[5.0, "b"] == "small"
     assert taken[0.5, "b"] == "nothing measured here is within it"
+    untimed = frontier.decisions(means.assign(speed=np.nan), [2.0])
+    assert untimed.columns.tolist() == table.columns.tolist() and untimed["ms"].isna().all()
 
 
 def test_names_of_recipes():
