@@ -129,7 +129,7 @@ def prepare(
     job = _Job(engine, entry.precision, model, _input_names(model, example), threads, calibration, Path(folder))
     try:
         run, size_bytes, runs_on = entry.prepare(job)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError) as error:
         raise StudyError(
             f"{engine} cannot prepare {type(model).__name__}: {first_line(error)}; leave it out"
         ) from error

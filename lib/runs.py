@@ -36,6 +36,7 @@ from lib.settings import Profile, Strict
 from lib.specs import Spec, parse_spec, spec_hash
 
 SAME_MODEL = 2.0  # points of score: by how much weights that are trained again may differ from their record
+IN_POINTS = ("score", "accuracy")  # what a model is told apart by, where its run measured it
 SAME_LOSS = 0.05  # the same as a share, of a model that is measured by its loss alone
 
 
@@ -182,7 +183,7 @@ def same_as_recorded(profile: Profile, spec: Spec, found: Mapping[str, Any], wei
     recorded = cached(profile, spec)
     now = _quality(found)
     for name, before in _quality(recorded.result).items() if recorded else ():
-        if abs(now[name] - before) > (SAME_MODEL if name in ("score", "accuracy") else SAME_LOSS * abs(before)):
+        if abs(now[name] - before) > (SAME_MODEL if name in IN_POINTS else SAME_LOSS * abs(before)):
             shutil.rmtree(weights, ignore_errors=True)
             raise StudyError(
                 f"{label(spec)}: its weights were missing and were trained again: {name} {now[name]:.4g}, its record "
@@ -193,7 +194,7 @@ def same_as_recorded(profile: Profile, spec: Spec, found: Mapping[str, Any], wei
 
 def _quality(result: Mapping[str, Any]) -> dict[str, float]:
     """What tells a run's model from another: its score, a language model's accuracy, or the losses of a first stage."""
-    measure = next((name for name in ("score", "accuracy") if name in result), None)
+    measure = next((name for name in IN_POINTS if name in result), None)
     return {measure: result[measure]} if measure else dict(result["after"])
 
 
