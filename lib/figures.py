@@ -16,7 +16,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 
 from lib.config import StudyError
 from lib.files import write_atomically
@@ -80,7 +79,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "kron19": (SKY, "p", "KroneckerBERT$_{19}$"),
     "kron21": (BLUE, "p", "KroneckerBERT$_{21}$"),
     # several methods on one model
-    "compound": (VERMILION, "*", "Compound"),
+    "compound": (BLACK, "*", "Compound"),
     # engines: colour is the engine, marker the precision
     "pytorch-fp32": (BLACK, "s", "PyTorch fp32"),
     "pytorch-bf16": (BLACK, "^", "PyTorch bf16"),
@@ -102,6 +101,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
 
 DASHES = (0, (3, 1.5))
 PUBLISHED = ", published"  # ends the label of what is drawn hollow
+OF_DENSE = " of dense"  # ends the label of lines that mark a share of the dense score
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same glyphs everywhere
@@ -247,22 +247,10 @@ def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
 
 
 def retained_line(ax: Axes, dense: float, share: float = 0.99) -> float:
-    """Dashed line at ``share`` of the dense score, marked at the right edge; returns its height."""
+    """Dashed line at ``share`` of the dense score, named in the legend; returns its height."""
     height = share * dense
-    ax.axhline(height, color=BLACK, linestyle=(0, (4, 3)), linewidth=0.7, zorder=0.8)
-    ax.annotate(
-        f"{share:.0%} of dense",
-        xy=(1, height),
-        xycoords=ax.get_yaxis_transform(),
-        xytext=(0, -1.5),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=6,
-        color="#404040",
-        path_effects=[withStroke(linewidth=1.5, foreground="white")],
-        zorder=0.9,  # below the points, so that it hides none
-    )
+    label = f"{100 * share:.0f} %{OF_DENSE}"
+    ax.axhline(height, color=BLACK, linestyle=(0, (4, 3)), linewidth=0.7, zorder=0.8, label=label)
     return height
 
 
@@ -270,19 +258,29 @@ def outside_legend(fig: Figure, columns: int | None = None, side: str = "top") -
     """One legend for all axes, above ("top") or beside ("right") them, where it covers no data.
 
     Where ours and published numbers are drawn, each method is named once and two grey entries tell them apart.
+    Lines at a share of the dense score come last.
     """
     found: dict[str, Any] = {}
     for ax in fig.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    marks = {label: found.pop(label) for label in list(found) if label.endswith(OF_DENSE)}
     if any(label.endswith(PUBLISHED) for label in found):
         found = _named_once(found)
+    found |= marks
     if side == "right":
         fig.legend(found.values(), found.keys(), loc="outside right center", ncols=columns or 1)
         return
     column_width = 0.3 + 0.053 * max(map(len, found), default=1)  # inches: handle and gaps, then 7 pt letters
     columns = columns or max(1, int(fig.get_size_inches()[0] / column_width))
     fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=min(columns, max(1, len(found))))
+
+
+def name_axes(fig: Figure, x: str, y: str) -> None:
+    """One name for the x axes of all panels and one for their y axes, and the legend."""
+    fig.supxlabel(x, fontsize=8)
+    fig.supylabel(y, fontsize=8)
+    outside_legend(fig)
 
 
 def _named_once(found: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "kronecker": ("KroneckerBERT", "kronecker"),
 }
 DENSE, COMPOUND = "Dense", "Compound"
+NUMBERS = ("weights kept (%)", "size (MB)", "dense (MB)", "cost (core-min)")
 VERDICTS = ("holds", "holds in part", "does not hold here", "cannot tell", "too few seeds to tell", "not testable here")
 
 
@@ -100,7 +101,8 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
     """One row per compressed training run that has a dense run of the same task and seed beside it.
 
     ``weights kept (%)`` are the encoder layers' weights that are not zero, ``size (MB)`` is the smallest form in which
-    the record says the model was stored, ``cost (core-min)`` the training of the whole chain.
+    the record says the model was stored (``dense (MB)``: the dense model's), ``cost (core-min)`` the training of the
+    whole chain; ``trained`` says whether the run itself trained, or only compressed and measured.
     """
     by_hash = {record.hash: record for record in records}
     runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
@@ -116,11 +118,11 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
             "title": TASKS[spec.task].title, "seed": spec.seed, "family": name, "style": style,
             "score": record["score"], "retained": 100 * record["score"] / base["score"],
             "weights kept (%)": 100 * _weights(record) / base["model"]["layer_parameters"],
-            "size (MB)": _bytes(record) / 1e6, "cost (core-min)": training_cost(record, by_hash) / 60,
+            "size (MB)": _bytes(record) / 1e6, "dense (MB)": _bytes(base) / 1e6,
+            "cost (core-min)": training_cost(record, by_hash) / 60, "trained": spec.training.epochs > 0,
         })  # fmt: skip
-    columns = ["hash", "configuration", "task", "title", "seed", "family", "style", "score", "retained",
-               "weights kept (%)", "size (MB)", "cost (core-min)"]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
+    about = ["hash", "configuration", "task", "title", "seed", "family", "style", "trained", "score", "retained"]
+    return pd.DataFrame(rows, columns=[*about, *NUMBERS])
 
 
 def _weights(record: Record) -> float:
@@ -144,8 +146,8 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
     for _, group in frame.groupby(["task", "configuration"], sort=False):
         found = bootstrap_interval(group["retained"])
         first = group.iloc[0]
-        numbers = {name: group[name].mean() for name in ("score", "weights kept (%)", "size (MB)", "cost (core-min)")}
-        about = {name: first[name] for name in ("task", "configuration", "title", "family", "style")}
+        numbers = {name: group[name].mean() for name in ("score", *NUMBERS)}
+        about = {name: first[name] for name in ("task", "configuration", "title", "family", "style", "trained")}
         rows.append({**about, **numbers, "retained": found.mean,
                      "low": found.low, "high": found.high, "n": found.n})  # fmt: skip
     return pd.DataFrame(rows)

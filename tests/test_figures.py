@@ -180,7 +180,16 @@ def test_a_legend_of_ours_and_published_names_each_method_once():
 def test_retained_line_lies_at_the_share():
     _, ax = figures.new_figure()
     assert figures.retained_line(ax, 80) == pytest.approx(79.2)
-    assert ax.texts[0].get_text() == "99% of dense"
+    assert ax.get_legend_handles_labels()[1] == ["99 % of dense"]
+
+
+def test_a_legend_ends_with_the_share_of_the_dense_score():
+    fig, axes = figures.new_figure("page", 1, 2)
+    for ax, method in zip(axes, ("top", "odd"), strict=True):
+        ax.plot([0, 1], [1, 2], **figures.style_of(method))
+        figures.retained_line(ax, 2)
+    figures.outside_legend(fig)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["Top", "Odd alternate", "99 % of dense"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import pandas as pd
 import pytest
 from conftest import record
 
+from lib.analysis.block_movement import shown_task
+from lib.analysis.frontier import published_curves
 from lib.analysis.obert import speed_frame
 from lib.config import StudyError
+from lib.plots import frontier as frontier_plots
 from lib.plots.obert import speed_figure
 from lib.plots.structured_qa import ORDER, recovery_figure
 from lib.runs import Record
@@ -59,3 +62,67 @@ def test_recovery_figure_takes_operating_points_with_different_recoveries():
     assert ("35 %", both) not in found.index
     with pytest.raises(StudyError, match="no operating point"):
         recovery_figure(points[:0])
+
+
+def models(*rows: tuple[str, str, float, float, bool]) -> pd.DataFrame:
+    """What ``frontier.by_configuration`` gives, from (task, style, weights kept, retained, trained)."""
+    families = {"top": "Poor Man's BERT", "obert": "oBERT", "l0": "Structured pruning"}
+    return pd.DataFrame([
+        {"task": task, "title": task.upper(), "family": families[style], "style": style, "trained": trained,
+         "weights kept (%)": kept, "size (MB)": 20 + kept, "dense (MB)": 120.0, "cost (core-min)": 1.0 + index,
+         "retained": retained, "low": retained - 1, "high": retained + 1 if trained else float("nan"), "n": 2}
+        for index, (task, style, kept, retained, trained) in enumerate(rows)
+    ])  # fmt: skip
+
+
+MODELS = models(
+    ("a", "top", 50, 90, True), ("a", "top", 50, 80, True), ("a", "top", 80, 99, True), ("a", "top", 90, 98, True),
+    ("b", "top", 50, 40, True), ("b", "obert", 10, 95, False), ("b", "obert", 20, 30, False),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cost", frontier_plots.COST_NAMES)
+def test_a_front_holds_what_nothing_of_its_method_and_task_beats(cost):
+    fig, rows = frontier_plots.quality_against(MODELS, cost)
+    panels = [ax for ax in fig.axes if ax.get_visible()]
+    assert [ax.get_title() for ax in panels] == ["B", "A"]  # the task with more methods comes first
+    assert rows.index[rows["front"]].tolist() == [0, 2, 4, 5]
+    assert panels[0].get_ylim() == (frontier_plots.FLOOR, 104)
+    assert ("Dense" in [text.get_text() for text in fig.legends[0].texts]) is (cost == "size (MB)")
+    assert frontier_plots.below_floor(rows).startswith("2 of 7 models keep less than 50 % and are not drawn, 1 of them")
+    assert frontier_plots.below_floor(rows[:4]) == ""
+
+
+def test_methods_that_only_cut_are_named():
+    assert frontier_plots.only_compressed(MODELS).endswith("so far: oBERT on B.")
+    assert frontier_plots.only_compressed(MODELS[:4]) == ""
+
+
+def test_every_paper_with_a_curve_stands_beside_ours():
+    curves = published_curves()
+    ends = curves.groupby("style")["weights kept (%)"].agg(["max", "min"])
+    assert (ends["max"] == 100).all() and set(ends.index) == {"top", "l0", "obert", "hybrid", "kronecker"}
+    assert ends.loc["obert", "min"] == 3 and ends.loc["top", "min"] == 50
+    for ours in (MODELS[MODELS["task"] == "b"], MODELS[:0]):
+        fig, rows = frontier_plots.beside_published(ours)
+        names = [text.get_text() for text in fig.legends[0].texts]
+        assert names[-3:] == ["Ours", "Published", "99 % of dense"] and names.count("oBERT") == 1
+        assert len(rows) == len(curves) + (2 if len(ours) else 0)  # the worse oBERT point is larger, too
+
+
+def test_the_recipes_on_the_front_are_named():
+    rows = [
+        ("dense", "openvino-bf16", 3.0, 100.0),
+        ("small", "openvino-bf16", 6.0, 97.0),
+        ("worse", "openvino-int8", 5.0, 96.0),
+    ]
+    means = pd.DataFrame(rows, columns=["recipe", "engine", "speed", "retained"]).assign(low=95.0, high=float("nan"))
+    fig = frontier_plots.recipes_on_engines(means, ((10, 98.0),), "speed")
+    assert sorted(text.get_text() for text in fig.axes[0].texts) == ["dense", "small"]
+
+
+def test_the_shown_task_has_pruned_runs_beside_a_dense_one():
+    rows = [("a", "dense", 100.0), ("b", "dense", 100.0), ("b", "hybrid", 97.0), ("c", "hybrid", float("nan"))]
+    frame = pd.DataFrame(rows, columns=["task", "method", "retained"])
+    assert shown_task(frame, ["a", "c", "b"]) == "b" and shown_task(frame[:1], ["a", "b"]) == "a"
+    assert shown_task(frame[:0], ["c"]) == "c"

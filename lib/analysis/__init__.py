@@ -13,7 +13,9 @@ from lib.config import StudyError
 from lib.intervals import bootstrap_interval
 from lib.published import published
 from lib.runs import Record
-from lib.specs import LatencySpec, TrainingSpeedSpec, TrainSpec
+from lib.specs import LatencySpec, MajoritySpec, TrainingSpeedSpec, TrainSpec
+
+MARGIN = 5.0  # points that a dense score must lie above the most frequent label's for its retained share to say much
 
 
 def training_runs(records: Iterable[Record]) -> list[Record]:
@@ -26,6 +28,22 @@ def training_runs(records: Iterable[Record]) -> list[Record]:
     if not found:
         raise StudyError("no training run is finished yet; run ./run_all.sh for this profile, or raise budget_minutes")
     return found
+
+
+def uninformative(records: Iterable[Record]) -> set[str]:
+    """Tasks whose dense score, mean over seeds, lies less than ``MARGIN`` above always giving the most frequent label.
+
+    Whatever one does to such a model, nearly all of its score remains. ``records`` hold the dense runs and the floors.
+    """
+    floors: dict[str, float] = {}
+    dense: dict[str, list[float]] = {}
+    for record in records:
+        spec = record.spec
+        if isinstance(spec, MajoritySpec):
+            floors[spec.task] = record["score"]
+        elif isinstance(spec, TrainSpec) and spec.compressor is None and spec.start is None and spec.teacher is None:
+            dense.setdefault(spec.task, []).append(record["score"])
+    return {task for task, floor in floors.items() if task in dense and np.mean(dense[task]) - floor < MARGIN}
 
 
 def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:

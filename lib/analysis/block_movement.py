@@ -1,6 +1,6 @@
 """From the records of notebook 04 to its frames: densities and scores, what died where, scores in training, speed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,16 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
     dense = frame[frame["method"] == "dense"].set_index(["task", "seed"])["score"]
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense.where(dense > 0))
     return frame
+
+
+def shown_task(frame: pd.DataFrame, tasks: Sequence[str]) -> str:
+    """The task of the figures that show one: the first of ``tasks`` with a pruned run beside a dense one, or the first.
+
+    Args:
+        frame: of ``block_frame``.
+    """
+    pruned = set(frame[(frame["method"] != "dense") & frame["retained"].notna()]["task"])
+    return next((task for task in tasks if task in pruned), tasks[0])
 
 
 def published_curves() -> pd.DataFrame:

@@ -4,13 +4,11 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from lib.analysis import of_same_seed
+from lib.analysis import of_same_seed, uninformative
 from lib.config import StudyError
 from lib.data import TASKS
 from lib.runs import Record
 from lib.specs import ContributionSpec, MajoritySpec, TrainSpec
-
-MARGIN = 5.0  # points that a dense score must lie above the most frequent label's for its retained share to say much
 
 PROCEDURES = {
     "dense": "dense",
@@ -38,9 +36,9 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
 
     ``retained`` is the score as a share (percent) of the dense score of the same task and seed; NaN without one.
     ``floor`` is the score of always giving the most frequent label, where ``records`` hold it; a task is
-    ``informative`` unless its dense score, mean over seeds, lies less than ``MARGIN`` above the floor: whatever one
-    does to such a model, nearly all of its score remains.
+    ``informative`` unless it is among ``analysis.uninformative``.
     """
+    records = list(records)
     rows, floors = [], {}
     for record in records:
         spec = record.spec
@@ -64,7 +62,7 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
     frame["k"] = frame["drop"].map(len)
     frame["floor"] = frame["task"].map(floors).astype(float)
-    frame["informative"] = ~(frame["task"].map(dense.groupby("task").mean()) - frame["floor"] < MARGIN)
+    frame["informative"] = ~frame["task"].isin(uninformative(records))
     return frame
 
 

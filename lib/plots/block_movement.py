@@ -170,7 +170,7 @@ def published_speed(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                         arrowprops={"arrowstyle": "->", "color": figures.VERMILION, "linewidth": 0.9})  # fmt: skip
         ax.axvline(1, color=figures.GREY, linewidth=0.6)
         ax.set(title=figures.METHODS[engine][2])
-    _name_axes(fig, "times faster than dense BERT-base", "published F1 (%)")
+    figures.name_axes(fig, "times faster than dense BERT-base", "published F1 (%)")
     return fig, frame
 
 
@@ -198,14 +198,7 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
                 ax.plot(printed["speedup"], printed["retained"], **style)
         figures.retained_line(ax, 100)
         ax.set(title=figures.METHODS[engine][2])
-    _name_axes(fig, "times faster than dense", "retained share (%)")
+    figures.name_axes(fig, "times faster than dense", "retained share (%)")
     columns = ["engine", "batch", "length", "method", "title", "seed", "strength", "density", "retained",
                "ratio_to_dense", "ratio_q1", "ratio_q3", "median_ms"]  # fmt: skip
     return fig, joined[columns]
-
-
-def _name_axes(fig: Figure, x: str, y: str) -> None:
-    """One name for the x axes of all panels and one for their y axes, and the legend."""
-    fig.supxlabel(x, fontsize=8)
-    fig.supylabel(y, fontsize=8)
-    figures.outside_legend(fig)

@@ -1,0 +1,128 @@
+"""The figures of notebook 08: every method on one set of axes, and the recipes on engines."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib import figures, frontier
+from lib.analysis.frontier import KEPT, published_curves
+
+FLOOR = 50.0  # percent of the dense score: what keeps less is of no use to anyone, and is counted instead of drawn
+COST_NAMES = {
+    KEPT: "encoder-layer weights kept (%)",
+    "size (MB)": "size on disk (MB)",
+    "cost (core-min)": "training, whole chain (core-minutes)",
+}
+
+
+def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFrame]:
+    """Retained share against a cost, a panel per task: each family's Pareto front solid, its other models faint.
+
+    Args:
+        points: of ``frontier.by_configuration``.
+        cost: one of ``COST_NAMES``.
+
+    Returns:
+        The figure and ``points`` with a column ``front``: whether no model of the same family and task beats the row.
+        Rows below ``FLOOR`` are not drawn.
+    """
+    by_methods = points.groupby("title", sort=False)["family"].nunique().sort_values(ascending=False, kind="stable")
+    rows = points.assign(front=False)
+    fig, axes = figures.panels(len(by_methods), row=1.75, margin=0.75, sharey=True)
+    for ax, title in zip(axes, by_methods.index, strict=False):
+        here = rows[rows["title"] == title]
+        for (name, style), part in here.groupby(["family", "style"], sort=False):
+            best = frontier.pareto(part, cost, "retained")
+            rows.loc[best.index, "front"] = True
+            _family(ax, part, best, cost, str(style), str(name))
+        if cost == "size (MB)":
+            ax.plot(here["dense (MB)"].iloc[:1], [100], **figures.style_of("dense") | {"linestyle": ""})
+        ax.set(title=title, xscale="log" if cost == "cost (core-min)" else "linear")
+        if cost == KEPT:
+            ax.set_xlim(0, 104)
+        figures.retained_line(ax, 100)
+    highest = rows.loc[rows["front"], "retained"].max()
+    axes[0].set_ylim(FLOOR, max(104.0, np.nan_to_num(highest) + 2))
+    figures.name_axes(fig, COST_NAMES[cost], "score retained (%)")
+    return fig, rows
+
+
+def _family(ax: Axes, part: pd.DataFrame, best: pd.DataFrame, cost: str, style: str, name: str) -> None:
+    """One method's models on one task; an interval for those on the front, where there are seeds for one."""
+    look = figures.style_of(style)
+    ax.plot(part[cost], part["retained"], **look | {"linestyle": "", "label": "_", "markersize": 2, "alpha": 0.3})
+    errors = np.nan_to_num(np.abs(best[["low", "high"]].to_numpy().T - best["retained"].to_numpy()))
+    ax.errorbar(best[cost], best["retained"], errors, elinewidth=0.6, **look | {"label": name, "markersize": 3.5})
+
+
+def below_floor(rows: pd.DataFrame) -> str:
+    """The caption's sentence on what ``quality_against`` did not draw."""
+    low = rows[rows["retained"] < FLOOR]
+    best = f", {low['front'].sum()} of them on a front" if low["front"].any() else ""
+    return f"{len(low)} of {len(rows)} models keep less than {FLOOR:.0f} % and are not drawn{best}." if len(low) else ""
+
+
+def only_compressed(points: pd.DataFrame) -> str:
+    """The caption's sentence on methods none of whose models on a task was trained after the cut."""
+    trained = points.groupby(["family", "title"], sort=False)["trained"].any()
+    names = [f"{family} on {title}" for family, title in trained[~trained].index]
+    return f"Compressed and not trained afterwards, so far: {', '.join(names)}." if names else ""
+
+
+def beside_published(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """The Pareto front of each family on one task, and the papers' own curves, hollow.
+
+    Args:
+        points: of ``frontier.by_configuration``, one task; may be empty.
+    """
+    theirs = published_curves()
+    names = {style: name for name, style in frontier.FAMILIES.values()}
+    fig, ax = figures.new_figure("page", height=2.9)
+    drawn = []
+    for (name, style), part in points.groupby(["family", "style"], sort=False):
+        front = frontier.pareto(part, KEPT, "retained")
+        _family(ax, front, front, KEPT, str(style), str(name))
+        drawn.append(front.assign(data="ours", published=False))
+    for style, part in theirs.groupby("style", sort=False):
+        label = names[str(style)] + figures.PUBLISHED
+        ax.plot(part[KEPT], part["retained"], **figures.style_of(str(style), published=True) | {"label": label})
+        drawn.append(part.assign(family=names[str(style)], published=True))
+    rows = pd.concat(drawn, ignore_index=True)
+    figures.retained_line(ax, 100)
+    ax.set(xlabel=COST_NAMES[KEPT], ylabel="score retained (%)", xlim=(0, 104))
+    ax.set_ylim(max(70, rows["retained"].min() - 2), rows["retained"].max() + 2)
+    figures.outside_legend(fig)
+    return fig, rows.reindex(columns=["family", "published", "data", KEPT, "retained", "low", "high", "n"])
+
+
+def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...], x: str) -> Figure:
+    """Retained share against speed of every recipe and engine, with the Pareto front named and the aims as crosses.
+
+    Args:
+        means: of ``frontier.recipe_means``, at least one row.
+        aims: pairs of speed and retained share (percent).
+        x: name of the axis of speed.
+    """
+    fig, ax = figures.new_figure("page", height=3.2)
+    for engine, part in means.groupby("engine", sort=False):
+        errors = np.nan_to_num(np.abs(part[["low", "high"]].to_numpy().T - part["retained"].to_numpy()))
+        style = figures.style_of(str(engine)) | {"linestyle": ""}
+        ax.errorbar(part["speed"], part["retained"], errors, elinewidth=0.7, **style)
+    front = frontier.pareto(means.assign(slowness=-means["speed"]), "slowness", "retained")
+    ax.step(
+        front["speed"],
+        front["retained"],
+        where="pre",
+        color=figures.GREY,
+        linewidth=0.8,
+        zorder=0,
+        label="Pareto front",
+    )
+    for row in front.to_dict("records"):
+        ax.annotate(row["recipe"], (row["speed"], row["retained"]), (4, 3), textcoords="offset points", fontsize=6)
+    ax.plot(*zip(*aims, strict=True), "x", color=figures.VERMILION, label="the aims")
+    ax.set(xlabel=x, ylabel="score retained (%)")
+    figures.retained_line(ax, 100)
+    figures.outside_legend(fig)
+    return fig
