@@ -131,7 +131,7 @@ def read_table(path: Path) -> tuple[list[str], list[list[str]], str]:
     Raises:
         StudyError: not such a table.
     """
-    text, _, caption = path.read_text(encoding="utf-8").partition("\n\n")
+    text, _, caption = (path.read_text(encoding="utf-8") if path.is_file() else "").partition("\n\n")
     lines = text.splitlines()
     if len(lines) < 2 or not all(line.startswith("|") for line in lines):
         raise StudyError(f"{path}: not a table that the study wrote; execute its notebook again")
@@ -193,6 +193,28 @@ def _unique(lines: Iterable[str]) -> list[str]:
         again = seen[name] > 1 and not line.startswith("%")
         unique.append(line.replace(name, name + camel(f"again {seen[name]}"), 1) if again else line)
     return unique
+
+
+def with_tables(page: Path) -> str:
+    """The text of ``page`` with each table that it quotes as the table's file has it now.
+
+    A quoted table stands between a comment that names its file, relative to the page, and the comment ``end``.
+
+    Raises:
+        StudyError: a file that is named is not a table of the study.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        header, rows, _ = read_table(page.parent / match.group(2))
+        lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+        return match.group(1) + "".join(f"| {' | '.join(_escaped(cells))} |\n" for cells in lines) + match.group(3)
+
+    quoted = re.compile(r"(<!-- (\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return quoted.sub(table, page.read_text(encoding="utf-8"))
+
+
+def _escaped(cells: list[str]) -> list[str]:
+    return [cell.replace("|", "\\|") for cell in cells]
 
 
 def write_gallery(results: Path, notebooks: Path = ROOT / "notebooks") -> list[Path]:

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 import nbformat
 
-from lib.config import StudyError, load_profile
+from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
-from lib.gallery import Maker, makers, write_gallery
+from lib.gallery import Maker, makers, with_tables, write_gallery
 
 STYLE = Path(__file__).parent / "report_style"
 READ = "gfm+tex_math_dollars+attributes"
@@ -143,7 +143,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Renew the gallery of a profile's results, and set its executed notebooks as one HTML page and one PDF."""
+    """Renew a profile's gallery and what the README quotes, and set the executed notebooks as one HTML page and PDF."""
     parser = _Parser(prog="python -m lib.report", description=main.__doc__)
     parser.add_argument("profile", nargs="?", default="study", help="smoke, quick, study, paper or a YAML file")
     parser.add_argument("--results", default=None, help="results folder (default: results/PROFILE)")
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         results = load_profile(options.profile, results=options.results).results
-        made = write_gallery(results)
+        made = [*write_gallery(results), write_atomically(ROOT / "README.md", with_tables(ROOT / "README.md"))]
         made += [] if options.gallery else build(results)
         print("\n".join(f"made {path}" for path in made))
     except StudyError as error:

@@ -9,6 +9,7 @@ import pytest
 from lib.compressors import CompressorSpec
 from lib.config import ROOT, load_profile
 from lib.experiments import finished_model, weights_folder
+from lib.gallery import with_tables
 from lib.models import layers
 from lib.runs import ensure
 from lib.specs import dense_spec
@@ -21,6 +22,15 @@ LAYER_DROP = "docs.custom_compressor:LayerDrop"
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_quotes_the_committed_tables_and_is_short():
+    page = ROOT / "README.md"
+    text = page.read_text(encoding="utf-8")
+    assert text == with_tables(page), "renew it: ./run_all.sh report"
+    assert text.count("<!-- end -->") == 1 and len(text.splitlines()) < 150
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_example_compressor_is_short_and_really_drops_layers(profile_file, tmp_path, monkeypatch):

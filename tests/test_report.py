@@ -124,6 +124,19 @@ def test_a_table_that_is_none_is_named(results):
         gallery.gallery(results)
 
 
+def test_a_page_quotes_tables_as_they_are_now(results):
+    page = results / "page.md"
+    page.write_text("before\n<!-- tables/05_verdicts.md -->\nformer\n<!-- end -->\nafter\n")
+    text = gallery.with_tables(page)
+    assert text.startswith("before\n<!-- tables/05_verdicts.md -->\n| claim | published |") and "former" not in text
+    assert "| Top \\| best | 1st |" in text and text.endswith("|\n<!-- end -->\nafter\n")
+    page.write_text(text)
+    assert gallery.with_tables(page) == text
+    page.write_text("<!-- tables/none.md -->\n<!-- end -->\n")
+    with pytest.raises(StudyError, match=r"none\.md: not a table"):
+        gallery.with_tables(page)
+
+
 def test_a_report_without_its_packages_says_which(results, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "typst", None)
     pytest.importorskip("pypandoc", reason="needs the optional packages of a report")
