@@ -101,7 +101,12 @@ def _names(folder: Path, suffix: str) -> list[str]:
 
 
 def _stale(name: str, maker: Maker) -> str:
-    return "" if f'"{name}"' in maker.source else " *Left by an earlier version; the notebook makes it no more.*"
+    named_by_task = f'"{name.rpartition("_")[0]}_{{'  # an f-string that ends with what is shown
+    return (
+        ""
+        if f'"{name}"' in maker.source or named_by_task in maker.source
+        else " *Left by an earlier version; the notebook makes it no more.*"
+    )
 
 
 def _links(folder: str, name: str, kinds: dict[str, str], results: Path) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from lib import figures, frontier
 from lib.analysis.frontier import KEPT, published_curves
@@ -38,7 +39,12 @@ def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFra
             _family(ax, part, best, cost, str(style), str(name))
         if cost == "size (MB)":
             ax.plot(here["dense (MB)"].iloc[:1], [100], **figures.style_of("dense") | {"linestyle": ""})
-        ax.set(title=title, xscale="log" if cost == "cost (core-min)" else "linear")
+        ax.set_title(title)
+        if cost == "cost (core-min)":
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter("")
         if cost == KEPT:
             ax.set_xlim(0, 104)
         figures.retained_line(ax, 100)
