@@ -50,7 +50,7 @@ def test_recursion_equals_the_inverse_of_every_block(size, block, count, monkeyp
         for start in range(0, size, width):
             part = inverse[start : start + width, start : start + width]
             n = len(part)
-            torch.testing.assert_close(found.inverse[start // width][:n, :n], part, rtol=1e-9, atol=0)
+            torch.testing.assert_close(found.inverse[start // width][:n, :n], part, rtol=1e-9, atol=1e-9 * float(part.abs().max()))
         torch.testing.assert_close(found.diagonal(), inverse.diagonal(), rtol=1e-9, atol=0)
     assert torch.equal(found.inverse, found.inverse.mT)
 
@@ -141,7 +141,7 @@ def test_joint_update_beats_the_sum_which_beats_none():
 def test_width_one_is_magnitude_weighted_by_mean_squared_gradients():
     rows, w = gradients(9), weights(9)
     found = made(rows, 1)
-    torch.testing.assert_close(found.saliency(w), w**2 * (LAMBDA + rows.square().mean(0)) / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.saliency(w), w**2 * (LAMBDA + rows.square().mean(0)) / 2, rtol=1e-10, atol=0)
     pruned = torch.arange(9) % 2 == 0
     assert torch.equal(found.update(w, pruned), torch.where(pruned, -w, 0))
 
