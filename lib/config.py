@@ -156,4 +156,7 @@ def _validated(values: dict[str, Any], file: str) -> Profile:
         if task not in profile.translation:
             known = ", ".join(profile.translation)
             raise StudyError(f"{file}: fully_quantized: '{task}' has no settings in translation; it has {known}")
+    for task in (*quantized.tasks, quantized.ablation_task):
+        if task not in quantized.epochs:
+            raise StudyError(f"{file}: fully_quantized.epochs: '{task}' is missing; give its share")
     return profile

@@ -163,8 +163,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class FullyQuantizedSettings(Strict):
     """The runs of notebook 06.
 
-    Every task of ``tasks`` (of ``translation``) is quantised after training and trained on quantised, for ``epochs`` as
-    a share of its dense training and with that share of its learning rate, rounding from ``aware_delay`` on.
+    Every task of ``tasks`` (of ``translation``) is quantised after training and trained on quantised, for its share in
+    ``epochs`` of its dense training and with that share of its learning rate, rounding from ``aware_delay`` on.
     ``scratch`` trains quantised from the start, as the paper does, rounding from ``scratch_delay`` on: task -> bits.
     ``ablation_task`` gets the delays; training without a guard at ``naive_bits`` for ``naive_epochs``, a share; no
     bucketing; and the parts one by one at ``part_bits``. ``qa_task`` (of the profile's ``tasks``) is quantised after
@@ -174,7 +174,7 @@ class FullyQuantizedSettings(Strict):
 
     bits: tuple[Bits, ...] = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
-    epochs: Share
+    epochs: dict[str, Share]
     learning_rate: Share
     aware_delay: Share
     scratch: dict[str, tuple[Bits, ...]]

@@ -219,7 +219,8 @@ def small_profile(results: Path) -> dict[str, Any]:
             "overhead_shape": "tiny", "overhead_batch": 2, "overhead_length": 16,
         },
         "fully_quantized": {
-            "bits": [8], "tasks": ["world_translation"], "epochs": 1.0, "learning_rate": 0.5, "aware_delay": 0.1,
+            "bits": [8], "tasks": ["world_translation"], "epochs": {"world_translation": 1.0},
+            "learning_rate": 0.5, "aware_delay": 0.1,
             "scratch": {"world_translation": [8]}, "scratch_delay": 0.25, "ablation_task": "world_translation",
             "delays": [0.0], "delay_bits": [8], "naive_bits": [8], "naive_epochs": 1.0,
             "part_bits": [4], "calibration": [2, 4],

@@ -85,7 +85,7 @@ def test_a_run_is_told_by_its_procedure(profile):
     }  # fmt: skip
     assert {kind: procedure(spec) for kind, spec in wanted.items()} == {kind: kind for kind in wanted}
     aware = wanted["aware"].training
-    assert aware.epochs == profile.fully_quantized.epochs * wanted["dense"].training.epochs
+    assert aware.epochs == profile.fully_quantized.epochs["world_translation"] * wanted["dense"].training.epochs
     assert aware.learning_rate == pytest.approx(0.5 * wanted["dense"].training.learning_rate)
     assert procedure(plan.qa_post_training(profile, 0, 8)) == "post"
     assert procedure(plan.qa_trained_on(profile, 0, 8)) == "aware"
@@ -209,6 +209,7 @@ def test_engine_quality_frame(profile):
         ("fully_quantized.bits", [9], "fully_quantized.bits.0"),
         ("fully_quantized.tasks", ["multi30k"], "'multi30k' has no settings in translation; it has world_translation"),
         ("fully_quantized.delays", [1.5], "fully_quantized.delays.0"),
+        ("fully_quantized.epochs", {}, "fully_quantized.epochs: 'world_translation' is missing; give its share"),
     ],
 )
 def test_impossible_settings_are_one_line(profile_file, key, value, message):

@@ -74,7 +74,7 @@ def translation(profile: Profile) -> list[Spec]:
 def trained_on(profile: Profile, task: str, seed: int, compressor: CompressorSpec | None = None) -> TranslationSpec:
     """The finished dense model, trained on for a while: quantised, or dense as the fair control."""
     settings, dense = profile.fully_quantized, dense_translation(profile, task, seed)
-    values = {"epochs": settings.epochs * dense.training.epochs,
+    values = {"epochs": settings.epochs[task] * dense.training.epochs,
               "learning_rate": settings.learning_rate * dense.training.learning_rate}  # fmt: skip
     training = dense.training.model_copy(update=values)
     return dense.model_copy(update={"start": dense, "training": training, "compressor": compressor})
