@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 
 from lib.config import ROOT, StudyError
+from lib.data import TASKS
 from lib.files import write_atomically
 from lib.tables import latex_text
 
@@ -101,12 +102,11 @@ def _names(folder: Path, suffix: str) -> list[str]:
 
 
 def _stale(name: str, maker: Maker) -> str:
-    named_by_task = f'"{name.rpartition("_")[0]}_{{'  # an f-string that ends with what is shown
-    return (
-        ""
-        if f'"{name}"' in maker.source or named_by_task in maker.source
-        else " *Left by an earlier version; the notebook makes it no more.*"
-    )
+    """A note unless the notebook names ``name``, or what is left of it without the task that it ends with."""
+    bases = [name, *(name.removesuffix(f"_{task}") for task in TASKS if name.endswith(f"_{task}"))]
+    if any(f'"{base}"' in maker.source or f'"{base}_{{' in maker.source for base in bases):
+        return ""
+    return " *Left by an earlier version; the notebook makes it no more.*"
 
 
 def _links(folder: str, name: str, kinds: dict[str, str], results: Path) -> str:

@@ -25,7 +25,16 @@ from lib.distillation import Distillation
 from lib.fisher import BlockFisher
 from lib.labels import label
 from lib.models import published_parameters
-from lib.plans.obert import SOFT, fewer_layers, language_model, pruned, schedule, sparse_speed, transfer
+from lib.plans.obert import (
+    SOFT,
+    fewer_layers,
+    headline_compounds,
+    language_model,
+    pruned,
+    schedule,
+    sparse_speed,
+    transfer,
+)
 from lib.runs import ensure
 from lib.specs import LatencySpec, TrainSpec, UpstreamSpec, parse_spec, spec_hash
 from lib.training import TrainingSettings
@@ -64,8 +73,24 @@ def test_other_tasks_get_every_ranking_over_epochs_of_their_own(profile_file):
     added = [spec for spec in more if getattr(spec, "task", "") == "world_pair"]
     assert len(more) - len(few) == len(added) and not any(getattr(spec, "task", "") == "world_qa" for spec in more)
     first = [spec for spec in added if spec.seed == 0]
-    assert [kind_of(spec) for spec in first] == ["dense", "gradual", "gradual", "gradual", "control"]
-    assert {spec.training.epochs for spec in first[1:]} == {2}
+    assert [kind_of(spec) for spec in first[:5]] == ["dense", "gradual", "gradual", "gradual", "control"]
+    assert {spec.training.epochs for spec in first[1:5]} == {2}
+    assert {kind_of(spec) for spec in first[5:]} == {"gradual", "int8", "one-shot"}
+
+
+def test_headline_compounds_are_as_deep_as_the_encoder_allows(profile_file):
+    """Four layers have a half and a quarter; of the three compounds, the profile's sparsities choose."""
+    study = load_profile(profile_file(**{"obert.compound_sparsities": [0.8, 0.9]}))
+    shapes = []
+    for spec in headline_compounds(study, "world_sentiment", 1):
+        drop = spec.start.compressor.settings["drop"] if kind_of(spec) == "gradual" and spec.start.compressor else []
+        shapes.append((kind_of(spec), 4 - len(drop), spec.compressor.settings.get("sparsity"), method_of(spec)))
+    assert shapes == [
+        ("gradual", 4, 0.8, "obert-block4"), ("int8", 4, None, "obert-block4"), ("gradual", 2, 0.9, "obert"),
+        ("gradual", 1, 0.8, "obert-block4"), ("int8", 4, None, "obert-block4"),
+    ]  # fmt: skip
+    few = load_profile(profile_file("few", **{"obert.compound_sparsities": [0.6]}))
+    assert headline_compounds(few, "world_sentiment", 1) == []
 
 
 def test_every_ranking_differs_in_nothing_else(study):

@@ -44,6 +44,7 @@ def results(tmp_path: Path) -> Path:
     rows = pd.DataFrame({"x": [1, 2], "y": [3, 4]})
     paths = save_figure(fig, "05_curve", rows, "Score against K; n = 3.", folder / "figures")
     save_figure(fig, "05_gone", rows, "Of an earlier version.", folder / "figures")
+    save_figure(fig, "05_curve_squad_v2", rows, "Of a task.", folder / "figures")
     plt.close(fig)
     verdicts = pd.DataFrame({
         "claim": ["Half is 40 % smaller", "Top | best"], "published": ["66 M", "1st"], "ours": ["66.96 M", "2 of 5"],

@@ -93,8 +93,11 @@ def _compound_quality(quality: pd.DataFrame, which: str) -> dict[str, str]:
             & (quality["method"] == ("obert-block4" if chosen.bits == 8 else "obert"))
         ].dropna(subset=["retained"])  # fmt: skip
         if len(ours):
-            kept = f"{ours['layers'].iloc[0]} of {total} layers, {ours['title'].iloc[0]}"
+            kept = f"{ours['layers'].iloc[0]} of {total} layers, {', '.join(ours['title'].unique())}"
             return retains(claim, printed, ours, kept + ("; INT8 simulated" if chosen.bits == 8 else ""))
+        if total * chosen.layers % 12:
+            evidence = f"{chosen.layers} of 12 layers have no counterpart in an encoder of {total}"
+            return verdict(claim, "quality", f"{printed:.1f} %", "–", None, evidence)
     return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
 
 

@@ -33,6 +33,8 @@ SHALLOW_FIRST_STEP = 0.3  # the paper's first step for models that have lost lay
 SOFT = Distillation(hard=0.0, logits=1.0, temperature=2.0)  # "hardness 1": the teacher's logits alone
 UPSTREAM_SOFT = Distillation(hard=0.0, logits=1.0, temperature=5.5)
 MASKED = 0.15
+# What the numbers of the abstract stand for: share of the layers, sparsity of their weights, length of runs.
+HEADLINE = ((1, 0.8, 4), (1 / 2, 0.9, 1), (1 / 4, 0.8, 4))
 
 
 def schedule(profile: Profile, budget: Budget) -> dict[str, list[float]]:
@@ -77,7 +79,7 @@ def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "ober
 
     Args:
         sparsity: 0 is the paper's fair control: the dense model under the same recipe.
-        layers: kept; the others are dropped from the top and the rest fine-tuned first (the headline task only).
+        layers: kept; the others are dropped from the top and the rest fine-tuned first.
         task: the headline task where none is given.
     """
     task, total = task or profile.obert.task, encoder_layers(profile)
@@ -85,16 +87,16 @@ def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "ober
     first = min(SHALLOW_FIRST_STEP if shallow else profile.obert.first_step, sparsity)
     changes = schedule(profile, budget) | {"first_step": first}
     return teacher.model_copy(update={
-        "start": fewer_layers(profile, seed, layers) if shallow and layers else teacher,
+        "start": fewer_layers(profile, seed, layers, task) if shallow and layers else teacher,
         "compressor": _pruning(profile, sparsity, importance, group, **changes),
         "training": _training(profile, task, _epochs(profile, task, budget)), "distillation": SOFT, "teacher": teacher,
     })  # fmt: skip
 
 
-def fewer_layers(profile: Profile, seed: int, layers: int) -> TrainSpec:
+def fewer_layers(profile: Profile, seed: int, layers: int, task: str = "") -> TrainSpec:
     """The dense model with its top layers dropped, fine-tuned again under the long budget, distilled."""
-    task = profile.obert.task
-    teacher, total = dense_spec(profile, task, seed), encoder_layers(profile)
+    task, total = task or profile.obert.task, encoder_layers(profile)
+    teacher = dense_spec(profile, task, seed)
     if not 0 < layers < total:
         raise StudyError(f"obert.compound_layers: {layers} of {total} layers; give 1 to {total}")
     drop = CompressorSpec(name="layer_dropping", settings={"drop": list(range(layers + 1, total + 1))})
@@ -104,14 +106,16 @@ def fewer_layers(profile: Profile, seed: int, layers: int) -> TrainSpec:
     })  # fmt: skip
 
 
-def one_shot(profile: Profile, seed: int, sparsity: float, importance: str, recomputations: int = 1) -> TrainSpec:
+def one_shot(profile: Profile, seed: int, sparsity: float, importance: str, recomputations: int = 1,
+             task: str = "") -> TrainSpec:  # fmt: skip
     """Prune the finished dense model at once and train no further."""
-    teacher = dense_spec(profile, profile.obert.task, seed)
+    task = task or profile.obert.task
+    teacher = dense_spec(profile, task, seed)
     changes: dict[str, Any] = {"prune_at": [], "rewind_at": []}
     changes |= {"recomputations": recomputations} if recomputations > 1 else {}
     return teacher.model_copy(update={
         "start": teacher, "compressor": _pruning(profile, sparsity, importance, 1, **changes),
-        "training": _training(profile, profile.obert.task, 0),
+        "training": _training(profile, task, 0),
     })  # fmt: skip
 
 
@@ -172,12 +176,20 @@ def _rankings(profile: Profile, task: str, seed: int) -> list[Spec]:
     return plan
 
 
-def _one_shot(profile: Profile, seed: int) -> list[Spec]:
-    settings = profile.obert
+def _one_shot(profile: Profile, task: str, seed: int) -> list[Spec]:
+    ways = [("obert", parts) for parts in profile.obert.recomputations] + [("magnitude", 1)]
+    points = profile.obert.one_shot_sparsities
+    return [one_shot(profile, seed, sparsity, *way, task) for way in ways for sparsity in points]
+
+
+def headline_compounds(profile: Profile, task: str, seed: int) -> list[Spec]:
+    """``HEADLINE`` where the profile's compounds have the sparsity and the encoder so many layers; runs in INT8 too."""
     plan: list[Spec] = []
-    for parts in settings.recomputations:
-        plan += [one_shot(profile, seed, sparsity, "obert", parts) for sparsity in settings.one_shot_sparsities]
-    plan += [one_shot(profile, seed, sparsity, "magnitude") for sparsity in settings.one_shot_sparsities]
+    for share, sparsity, group in HEADLINE:
+        layers = share * encoder_layers(profile)
+        if sparsity in profile.obert.compound_sparsities and layers == int(layers):
+            sparse = pruned(profile, seed, sparsity, group=group, layers=int(layers), task=task)
+            plan += [sparse, in_int8(profile, sparse)] if group > 1 else [sparse]
     return plan
 
 
@@ -216,9 +228,10 @@ def obert(profile: Profile) -> list[Spec]:
     for seed in profile.seeds:
         for task in (settings.task, *others):
             if seed in profile.task_seeds(task):
-                plan += _rankings(profile, task, seed)
+                plan += [*_rankings(profile, task, seed), *headline_compounds(profile, task, seed)]
+                plan += _one_shot(profile, task, seed)
         if seed in profile.task_seeds(settings.task):
-            plan += [*_compound(profile, seed), *_one_shot(profile, seed), *_upstream(profile, seed)]
+            plan += [*_compound(profile, seed), *_upstream(profile, seed)]
             if settings.short_epochs:
                 plan += [pruned(profile, seed, sparsity, budget="short") for sparsity in (*settings.sparsities, 0.0)]
     return plan
