@@ -11,7 +11,7 @@ from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from lib import environment
-from lib.config import load_profile
+from lib.config import StudyError, load_profile
 from lib.figures import save_figure
 from lib.runs import Record
 from lib.settings import Profile
@@ -66,6 +66,19 @@ def figure(fig: Figure, name: str, rows: pd.DataFrame, caption: str, study: Prof
     paths = save_figure(fig, name, rows, caption, study.results / "figures")
     display(Image(data=Path(paths["png"]).read_bytes(), width=round(fig.get_figwidth() * 130)))
     text(f"*{caption}*")
+
+
+def attempt(
+    draw: Callable[[pd.DataFrame], tuple[Figure, pd.DataFrame]], rows: pd.DataFrame, name: str,
+    caption: Callable[[pd.DataFrame], str], study: Profile,
+) -> None:  # fmt: skip
+    """Draw a figure of ``rows``, and save and show it with a caption of what was drawn; or say what is missing."""
+    try:
+        fig, drawn = draw(rows)
+    except (StudyError, KeyError) as missing:
+        text(f"Not drawn: {missing}")
+    else:
+        figure(fig, name, drawn, caption(drawn), study)
 
 
 def table(frame: pd.DataFrame, name: str, caption: str, study: Profile, formats: Formats | None = None) -> None:

@@ -154,6 +154,14 @@ def test_movement_sums_minus_gradient_times_weight_over_batches(data):
     assert float(score[kept].min()) >= float(score[~kept].max())
 
 
+@pytest.mark.parametrize("importance", ["obert", "movement"])
+def test_per_matrix_every_matrix_ends_at_the_sparsity(data, importance):
+    student, made = attached(data, sparsity=0.75, importance=importance, per_matrix=True, prune_at=())
+    made.finalize(student)
+    found = zeros(student)
+    assert [int(zero.sum()) for zero in found] == [round(0.75 * zero.numel()) for zero in found]
+
+
 def test_recomputations_end_at_the_same_sparsity_with_other_weights(data):
     once, many = attached(data, sparsity=0.8, prune_at=()), attached(data, sparsity=0.8, prune_at=(), recomputations=3)
     for student, made in (once, many):

@@ -3,7 +3,8 @@
 At each pruning step m gradients of the task loss make the block Fisher's inverse (``lib.fisher``); every weight, or
 every run of four, of all encoder layers is ranked by its saliency in one list; the lowest go, and the others in their
 block move to make up for them. Between the steps the model trains on, distilled, at a learning rate that is rewound.
-Magnitude and movement pruning (Sanh, Wolf and Rush 2020) are the same schedule with another ranking and no update.
+Magnitude and movement pruning (Sanh, Wolf and Rush 2020, arXiv:2005.07683) are the same schedule with another ranking
+and no update; movement ranks the weights of each matrix among themselves, as its authors' top-v masks do.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,7 +37,8 @@ class ObertPruning(Masked):
     class Settings(Strict):
         """``sparsity``: share of the encoder's linear weights removed at the end; 0 only follows the learning rate.
 
-        ``group`` 4 removes runs of four weights of a row. ``prune_at`` and ``rewind_at`` are shares of training; no
+        ``group`` 4 removes runs of four weights of a row. ``per_matrix`` ranks the weights of each matrix among
+        themselves, not all in one list. ``prune_at`` and ``rewind_at`` are shares of training; no
         ``prune_at`` prunes once, at the end, and no ``rewind_at`` leaves the trainer's own learning rate.
         ``first_step`` is the sparsity of the first pruning. ``recomputations`` splits each pruning into parts with new
         gradients. ``gradients`` is m, each the mean over ``gradient_batch`` examples; ``width`` is B (None: 50, or 32
@@ -47,6 +49,7 @@ class ObertPruning(Masked):
         sparsity: float = Field(ge=0, lt=1)
         group: Literal[1, 4] = 1
         importance: Literal["obert", "magnitude", "movement"] = "obert"
+        per_matrix: bool = False
         prune_at: tuple[float, ...] = THIRTY_EPOCHS["prune_at"]
         rewind_at: tuple[float, ...] = THIRTY_EPOCHS["rewind_at"]
         final_factor: float = Field(default=0.1, gt=0, le=1)  # learning rate at a cycle's end, of that at its start
@@ -158,11 +161,13 @@ class ObertPruning(Masked):
         for index, linear in enumerate(self.linears):
             scores.append(self._score(index, linear.weight.detach(), fishers))
             alive.append(self.masks[index].view(-1, group).any(1))
-        ranked = torch.where(torch.cat(alive), torch.cat(scores), -torch.inf)
-        count = round(sparsity * len(ranked))
-        if count < int((~torch.cat(alive)).sum()):
+        ranked = [torch.where(mask, score, -torch.inf) for mask, score in zip(alive, scores, strict=True)]
+        lists = ranked if self.settings.per_matrix else [torch.cat(ranked)]
+        counts = [round(sparsity * len(values)) for values in lists]
+        if any(count < int(values.isneginf().sum()) for count, values in zip(counts, lists, strict=True)):
             raise StudyError(f"obert: sparsity {sparsity:g} is below the current one of {self.sparsity:.3f}")
-        gone = smallest(ranked, count).split([len(score) for score in scores])
+        gone = torch.cat([smallest(values, count) for count, values in zip(counts, lists, strict=True)])
+        gone = gone.split([len(score) for score in scores])
         for index, linear in enumerate(self.linears):
             self._remove(index, linear, gone[index], fishers)
 

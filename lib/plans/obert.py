@@ -55,6 +55,7 @@ def _pruning(profile: Profile, sparsity: float, importance: str, group: int, **c
             "gradients": settings.gradients, "gradient_batch": settings.gradient_batch,
             "dampening": settings.dampening, "width": settings.widths[0 if group == 1 else 1],
         }  # fmt: skip
+        values |= {"per_matrix": True} if importance == "movement" else {}
     return CompressorSpec(name="obert", settings=values | changes)
 
 
