@@ -40,13 +40,14 @@ from lib.config import StudyError
 from lib.data import Task
 from lib.distillation import Distiller
 from lib.dropout import use_byte_dropout
-from lib.environment import native_bf16
+from lib.environment import native_bf16, release_freed_memory
 from lib.models import base_model
 from lib.progress import Progress
 from lib.settings import Strict
 from lib.surgery import forget_parameters
 
 STATE_FILE = "trainer_state.json"
+RELEASE_SECONDS = 60  # how often freed memory goes back to the system
 PAD_TO = 8  # lengths of batches are multiples: with all lengths, glibc's lists of free blocks grow until malloc is slow
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -192,7 +193,7 @@ class StudyCallback(TrainerCallback, ExportableState):
         self.compressor, self.reporter = compressor, progress
         self.interval = checkpoint_minutes * 60
         self.trainer: StudyTrainer | None = None
-        self.saved = self.started = time.monotonic()
+        self.saved = self.started = self.released = time.monotonic()
         self.seconds_before = 0.0
 
     @property
@@ -214,6 +215,9 @@ class StudyCallback(TrainerCallback, ExportableState):
         if distributed.agree(due):
             control.should_save = True
             self.saved = time.monotonic()
+        if time.monotonic() - self.released > RELEASE_SECONDS:
+            release_freed_memory()
+            self.released = time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None,
                **_: Any) -> None:  # fmt: skip

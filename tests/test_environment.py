@@ -111,6 +111,28 @@ def test_allocator_is_switched_by_variables_by_mallopt_and_by_starting_again():
 
 
 @pytest.mark.skipif(not environment.on_glibc(), reason="glibc only")
+def test_freed_memory_goes_back_when_asked():
+    """512 blocks of 1 MiB, every other one freed: the gaps stay in the process until they are released."""
+    code = """
+import ctypes, os, lib.environment as e
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+e.use_fast_allocator()
+blocks = [libc.malloc(2**20) for _ in range(512)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**20)
+for block in blocks[::2]:
+    libc.free(block)
+before = rss()
+e.release_freed_memory()
+print(before - rss() > 128, before > 400)
+"""
+    assert run_python(code) == ["True", "True"]
+    assert run_python(code, STUDY_ALLOCATOR="default")[1] == "False", "the usual allocator keeps no gaps of this size"
+
+
+@pytest.mark.skipif(not environment.on_glibc(), reason="glibc only")
 @pytest.mark.parametrize("module", ["lib.runs", "lib.benchmark"])
 def test_command_lines_start_again_before_their_slow_imports(module, tmp_path):
     (tmp_path / "torch.py").write_text("import os, sys; print(os.environ.get('STUDY_ALLOCATOR')); sys.exit()")
