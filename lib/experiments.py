@@ -26,7 +26,7 @@ from lib.fisher_speed import fisher_cost
 from lib.labels import label
 from lib.metrics import score
 from lib.models import load_model, load_tokenizer
-from lib.runs import hold_lock, obtain, same_as_recorded
+from lib.runs import ensure_weights, obtain
 from lib.settings import Profile
 from lib.specs import (
     ContributionSpec,
@@ -95,23 +95,19 @@ def weights_folder(profile: Profile, spec: TrainSpec | TextDistillationSpec | Up
 def finished_model(
     profile: Profile, spec: TrainSpec | TextDistillationSpec
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that a run ended with; trained again when only its record travelled, not its weights.
-
-    Two processes that miss the same weights train them once.
+    """The model that a run ended with; trained again when its weights have not travelled with its record.
 
     Raises:
         StudyError: what was trained again is another model than the recorded one.
     """
     folder = weights_folder(profile, spec)
-    if not distributed.agree(folder.is_dir()):
-        with hold_lock(profile, spec):
-            if not distributed.agree(folder.is_dir()):
-                if isinstance(spec, TextDistillationSpec):
-                    found = run_text_distillation(spec, profile)
-                else:
-                    found = run_training(spec, profile, keep_weights=True)
-                same_as_recorded(profile, spec, found, folder)
-        distributed.agree(True)  # the first process has written them
+
+    def run() -> dict[str, Any]:
+        if isinstance(spec, TextDistillationSpec):
+            return run_text_distillation(spec, profile)
+        return run_training(spec, profile, keep_weights=True)
+
+    ensure_weights(profile, spec, folder, run)
     return load_compressed(folder)
 
 

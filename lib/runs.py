@@ -170,7 +170,7 @@ def obtain(profile: Profile, spec: Spec) -> Record:
     return cached(profile, spec) or _compute(profile, spec, execute, refresh=False)
 
 
-def same_as_recorded(profile: Profile, spec: Spec, found: Mapping[str, Any], weights: Path) -> None:
+def _same_as_recorded(profile: Profile, spec: Spec, found: Mapping[str, Any], weights: Path) -> None:
     """Check weights that were trained again because only their record travelled; ``found`` is the new run's result.
 
     Other threads or hardware make another model of the same settings: small differences in what the run measured
@@ -226,27 +226,54 @@ def hold_lock(profile: Profile, spec: Spec) -> AbstractContextManager[object]:
 
 
 def _compute(profile: Profile, spec: Spec, execute: Callable[[Spec, Profile], dict[str, Any]], refresh: bool) -> Record:
-    path = record_path(profile, spec)
     with hold_lock(profile, spec):
         finished = cached(profile, spec) if distributed.is_main() and not refresh else None
         if distributed.agree(finished is not None):
-            return finished or read_record(path)
-        started = time.monotonic()
-        try:
-            result = execute(spec, profile)
-        except Exception as error:
-            if refusal := refused_write(error, profile.results):
-                raise refusal from None
-            raise
-        record = Record(
-            hash=spec_hash(spec), spec=spec, result=result, data=_data_digest(profile, spec),
-            code=environment.code_digest(), commit=environment.git_commit(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - started, 3),
-            hardware=environment.hardware() | distributed.description(), packages=environment.packages(),
-        )  # fmt: skip
-        if distributed.is_main():
-            write_atomically(path, json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")
+            return finished or read_record(record_path(profile, spec))
+        return _run_and_record(profile, spec, lambda: execute(spec, profile))
+
+
+def _run_and_record(profile: Profile, spec: Spec, run: Callable[[], dict[str, Any]]) -> Record:
+    """What ``run`` returns, written down as the record of ``spec``; the caller holds its lock."""
+    started = time.monotonic()
+    try:
+        result = run()
+    except Exception as error:
+        if refusal := refused_write(error, profile.results):
+            raise refusal from None
+        raise
+    record = Record(
+        hash=spec_hash(spec), spec=spec, result=result, data=_data_digest(profile, spec),
+        code=environment.code_digest(), commit=environment.git_commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - started, 3),
+        hardware=environment.hardware() | distributed.description(), packages=environment.packages(),
+    )  # fmt: skip
+    if distributed.is_main():
+        write_atomically(
+            record_path(profile, spec), json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+        )
     return record
+
+
+def ensure_weights(profile: Profile, spec: Spec, folder: Path, run: Callable[[], dict[str, Any]]) -> None:
+    """Make sure of a finished run's weights, which another run begins with or learns from.
+
+    Where they are missing, ``run`` trains the model and leaves them in ``folder``. If only its record has travelled,
+    the two must agree; if there is none either, what ``run`` returns becomes the record, so that nothing is trained
+    twice. Two processes that miss the same weights train them once.
+
+    Raises:
+        StudyError: what was trained again is another model than the recorded one.
+    """
+    if distributed.agree(folder.is_dir()):
+        return
+    with hold_lock(profile, spec):
+        if not distributed.agree(folder.is_dir()):
+            if distributed.agree(cached(profile, spec) is not None):
+                _same_as_recorded(profile, spec, run(), folder)
+            else:
+                _run_and_record(profile, spec, run)
+    distributed.agree(True)  # the first process has written them
 
 
 class _Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ from lib.models import count_parameters
 from lib.quantized_layers import is_quantized
 from lib.quantized_storage import DESCRIPTION as GRIDS
 from lib.quantized_storage import load_quantized, save_quantized
-from lib.runs import hold_lock, same_as_recorded
+from lib.runs import ensure_weights
 from lib.search import translate
 from lib.settings import Profile
 from lib.specs import TranslationSpec, spec_hash
@@ -86,17 +86,9 @@ def _training_data(spec: TranslationSpec, data: DatasetDict, tokenizer: PreTrain
 
 
 def finished_translation(profile: Profile, spec: TranslationSpec) -> tuple[TranslationModel, PreTrainedTokenizerFast]:
-    """The model that a run ended with; trained again when only its record travelled, not its weights.
-
-    Two processes that miss the same weights train them once.
-    """
+    """The model that a run ended with; trained again when its weights have not travelled with its record."""
     folder = _folder(profile, spec)
-    if not distributed.agree(folder.is_dir()):
-        with hold_lock(profile, spec):
-            if not distributed.agree(folder.is_dir()):
-                found = run_translation(spec, profile, keep_weights=True)
-                same_as_recorded(profile, spec, found, folder)
-        distributed.agree(True)  # the first process has written them
+    ensure_weights(profile, spec, folder, lambda: run_translation(spec, profile, keep_weights=True))
     return load_translation(folder)
 
 

@@ -26,7 +26,7 @@ from lib.evaluation import EVAL_BATCH
 from lib.files import whole_folder
 from lib.labels import label
 from lib.models import encoder_source, load_config, load_tokenizer
-from lib.runs import hold_lock, same_as_recorded
+from lib.runs import ensure_weights
 from lib.settings import Profile
 from lib.specs import UpstreamSpec, spec_hash
 from lib.training import TrainingSettings, device, fine_tune, use_bf16
@@ -187,7 +187,7 @@ def run_upstream(spec: UpstreamSpec, profile: Profile) -> dict[str, Any]:
 
 
 def finished_upstream(profile: Profile, spec: UpstreamSpec) -> MaskedLM:
-    """The language model that a run ended with; trained again when only its record travelled."""
+    """The language model that a run ended with; trained again when its weights have not travelled with its record."""
     return MaskedLM.from_pretrained(upstream_folder(profile, spec), attn_implementation=spec.training.attention)
 
 
@@ -196,8 +196,5 @@ def upstream_folder(profile: Profile, spec: UpstreamSpec) -> str:
     from lib.experiments import weights_folder
 
     folder = weights_folder(profile, spec)
-    if not folder.is_dir():
-        with hold_lock(profile, spec):
-            if not folder.is_dir():
-                same_as_recorded(profile, spec, run_upstream(spec, profile), folder)
+    ensure_weights(profile, spec, folder, lambda: run_upstream(spec, profile))
     return str(folder)

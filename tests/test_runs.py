@@ -431,6 +431,16 @@ def test_two_that_miss_the_same_weights_train_them_once(profile, monkeypatch):
     assert trained == [spec_hash(spec)]
 
 
+def test_a_model_trained_to_begin_with_leaves_its_record(profile, monkeypatch):
+    """What was trained for the sake of another run is a finished run itself: asking for it later trains nothing."""
+    dense = dense_spec(profile, "world_sentiment", 0)
+    drop = CompressorSpec(name="layer_dropping", settings={"drop": [2]})
+    ensure([dense.model_copy(update={"start": dense, "compressor": drop})], profile)
+    monkeypatch.setattr(experiments, "run_training", lambda *_, **__: pytest.fail("trained twice"))
+    (record,) = ensure([dense], profile)
+    assert record.spec == dense and record["training"]["steps"] and record.seconds > 0
+
+
 @pytest.mark.parametrize("points", [-5.0, -1.0, 1.0, 5.0])
 def test_weights_trained_again_must_be_the_recorded_model(profile, monkeypatch, points):
     """A record that travelled without its weights: retraining may round differently, but not end elsewhere."""
@@ -469,10 +479,10 @@ def test_models_without_a_task_are_told_apart(profile, monkeypatch, tmp_path, re
     weights = tmp_path / "weights"
     weights.mkdir()
     if same:
-        runs.same_as_recorded(profile, spec, found, weights)
+        runs._same_as_recorded(profile, spec, found, weights)
     else:
         with pytest.raises(StudyError, match="its weights were missing and were trained again"):
-            runs.same_as_recorded(profile, spec, found, weights)
+            runs._same_as_recorded(profile, spec, found, weights)
     assert weights.exists() == same
 
 
