@@ -68,7 +68,7 @@ def flat(student: Any) -> torch.Tensor:
     return torch.cat([linear.weight.detach().flatten() for linear in encoder_linears(student)])
 
 
-@pytest.mark.parametrize("importance", ["obert", "magnitude", "movement"])
+@pytest.mark.parametrize("importance", ["obert", "magnitude"])
 @pytest.mark.parametrize("group", [1, 4])
 def test_one_shot_without_a_trainer_reaches_the_sparsity(data, importance, group):
     student, made = attached(data, sparsity=0.8, group=group, importance=importance, prune_at=(), rewind_at=())
@@ -140,28 +140,6 @@ def test_updates_lower_the_loss_in_the_order_of_the_theory(data):
     assert losses["joint"] < losses["sum"] < losses["none"]
 
 
-def test_movement_sums_minus_gradient_times_weight_over_batches(data):
-    student, made = attached(data, sparsity=0.5, importance="movement", prune_at=())
-    score, weights = torch.zeros_like(flat(student)), [linear.weight for linear in encoder_linears(student)]
-    student.eval()
-    for batch in data.batches(4, 4, 1_000_001):
-        grads = torch.autograd.grad(model().eval()(**batch).loss * 0 + student(**batch).loss, weights)
-        score -= torch.cat([(g * w.detach()).flatten() for g, w in zip(grads, weights, strict=True)])
-    for index in range(len(weights)):
-        made._movement(index).zero_()  # the hooks saw the batches above as well
-    made.finalize(student)
-    kept = flat(student) != 0
-    assert float(score[kept].min()) >= float(score[~kept].max())
-
-
-@pytest.mark.parametrize("importance", ["obert", "movement"])
-def test_per_matrix_every_matrix_ends_at_the_sparsity(data, importance):
-    student, made = attached(data, sparsity=0.75, importance=importance, per_matrix=True, prune_at=())
-    made.finalize(student)
-    found = zeros(student)
-    assert [int(zero.sum()) for zero in found] == [round(0.75 * zero.numel()) for zero in found]
-
-
 def test_recomputations_end_at_the_same_sparsity_with_other_weights(data):
     once, many = attached(data, sparsity=0.8, prune_at=()), attached(data, sparsity=0.8, prune_at=(), recomputations=3)
     for student, made in (once, many):
@@ -201,7 +179,7 @@ def train(tokenizer: Any, features: Any, data: TrainingData, folder: Path, at: i
     return student, made
 
 
-@pytest.mark.parametrize("importance", ["obert", "magnitude", "movement"])
+@pytest.mark.parametrize("importance", ["obert", "magnitude"])
 def test_gradual_pruning_follows_the_schedule_and_is_final(features, data, tokenizer, tmp_path, importance):
     student, made = train(tokenizer, features, data, tmp_path, importance=importance)
     targets = list(zip(THIRTY_EPOCHS["prune_at"], cubic_sparsity(0.7, 0.9, 7), strict=True))
@@ -231,7 +209,7 @@ def test_learning_rate_is_rewound(features, data, tokenizer, tmp_path):
     assert ten.learning_rate_factor(0.8) == 1 and ten.learning_rate_factor(0.4) == pytest.approx(0.55)
 
 
-@pytest.mark.parametrize("importance", ["obert", "movement"])
+@pytest.mark.parametrize("importance", ["obert", "magnitude"])
 @pytest.mark.parametrize("stops", [(2,), (9, 14)])
 def test_a_resumed_run_ends_as_an_undisturbed_one(features, data, tokenizer, tmp_path, importance, stops):
     expected, whole = train(tokenizer, features, data, tmp_path / "whole", importance=importance)

@@ -1,7 +1,7 @@
 """From the records of notebook 03 to its frames: gradual, one-shot, upstream and compound pruning, sparse engines."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ def kind_of(spec: TrainSpec) -> str:
         return "checkpoint" if spec.start is None else "transfer"
     if name == "sparse_int8":
         return "int8"
+    if name == "block_movement":
+        return "gradual"
     if name == "obert":
         return "control" if not settings["sparsity"] else "gradual" if spec.training.epochs else "one-shot"
     raise StudyError(f"oBERT's frame: a run with compressor '{name}' is none of notebook 03's")
@@ -47,6 +49,8 @@ def _pruning(spec: TrainSpec) -> dict[str, Any]:
     """The settings of the pruning that a run is or begins with; {} of a dense one."""
     if spec.compressor is not None and spec.compressor.name == "obert":
         return spec.compressor.settings
+    if spec.compressor is not None and spec.compressor.name == "block_movement":
+        return {"importance": "movement", "sparsity": round(1 - spec.compressor.settings["density"], 6), "group": 1}
     start = spec.start
     if isinstance(start, UpstreamSpec):
         return start.compressor.settings if start.compressor else {}
@@ -63,10 +67,26 @@ def method_of(spec: TrainSpec) -> str:
 
 def budget_of(spec: TrainSpec) -> str:
     """ "short" or "long", by the shape of the schedule; "" of a run that prunes nothing on the way."""
+    if method_of(spec) == "movement":
+        return "long"
     moments = _pruning(spec).get("prune_at")
     if not moments:
         return ""
     return "short" if len(moments) == len(TEN_EPOCHS["prune_at"]) else "long"
+
+
+def _zeros(compression: Mapping[str, Any]) -> float:
+    """Share of the encoder's linear weights that are gone."""
+    return compression.get("sparsity", 1 - compression["density"] if "density" in compression else 0.0)
+
+
+def _zeros_by_layer(compression: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The same for every matrix of every layer; [] of a run that prunes none."""
+    densities = compression.get("densities", {})
+    layers = range(len(next(iter(densities.values()), ())))
+    return compression.get("per_layer") or [
+        {part: 1 - densities[part][layer] for part in densities} for layer in layers
+    ]
 
 
 def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -89,7 +109,7 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
             "kind": kind_of(spec), "method": method_of(spec), "budget": budget_of(spec),
             "layers": record["model"]["layers"], "group": settings.get("group", 1),
             "recomputations": settings.get("recomputations", 1),
-            "sparsity": 100 * compression.get("sparsity", 0.0), "target": 100 * settings.get("sparsity", 0.0),
+            "sparsity": 100 * _zeros(compression), "target": 100 * settings.get("sparsity", 0.0),
             "bits": compression.get("bits", 32), "score": record["score"], "train_s": training.get("seconds", 0.0),
             "dense_bytes": record["model"]["size_bytes"] if spec.compressor is None else np.nan,
             "encoding": encoding, "bytes": size, "gzip_bytes": storage.get("gzip", np.nan),
@@ -108,9 +128,9 @@ def layer_frame(records: Iterable[Record]) -> pd.DataFrame:
     rows = []
     for record in records:
         spec = record.spec
-        if not isinstance(spec, TrainSpec) or "per_layer" not in record["compression"] or kind_of(spec) != "gradual":
+        if not isinstance(spec, TrainSpec) or kind_of(spec) != "gradual":
             continue
-        for number, parts in enumerate(record["compression"]["per_layer"], start=1):
+        for number, parts in enumerate(_zeros_by_layer(record["compression"]), start=1):
             for part, share in parts.items():
                 rows.append({
                     "method": method_of(spec), "budget": budget_of(spec), "target": 100 * _pruning(spec)["sparsity"],

@@ -3,11 +3,10 @@
 At each pruning step m gradients of the task loss make the block Fisher's inverse (``lib.fisher``); every weight, or
 every run of four, of all encoder layers is ranked by its saliency in one list; the lowest go, and the others in their
 block move to make up for them. Between the steps the model trains on, distilled, at a learning rate that is rewound.
-Magnitude and movement pruning (Sanh, Wolf and Rush 2020, arXiv:2005.07683) are the same schedule with another ranking
-and no update; movement ranks the weights of each matrix among themselves, as its authors' top-v masks do.
+Magnitude pruning is the same schedule with another ranking and no update.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,8 +36,7 @@ class ObertPruning(Masked):
     class Settings(Strict):
         """``sparsity``: share of the encoder's linear weights removed at the end; 0 only follows the learning rate.
 
-        ``group`` 4 removes runs of four weights of a row. ``per_matrix`` ranks the weights of each matrix among
-        themselves, not all in one list. ``prune_at`` and ``rewind_at`` are shares of training; no
+        ``group`` 4 removes runs of four weights of a row. ``prune_at`` and ``rewind_at`` are shares of training; no
         ``prune_at`` prunes once, at the end, and no ``rewind_at`` leaves the trainer's own learning rate.
         ``first_step`` is the sparsity of the first pruning. ``recomputations`` splits each pruning into parts with new
         gradients. ``gradients`` is m, each the mean over ``gradient_batch`` examples; ``width`` is B (None: 50, or 32
@@ -48,8 +46,7 @@ class ObertPruning(Masked):
 
         sparsity: float = Field(ge=0, lt=1)
         group: Literal[1, 4] = 1
-        importance: Literal["obert", "magnitude", "movement"] = "obert"
-        per_matrix: bool = False
+        importance: Literal["obert", "magnitude"] = "obert"
         prune_at: tuple[float, ...] = THIRTY_EPOCHS["prune_at"]
         rewind_at: tuple[float, ...] = THIRTY_EPOCHS["rewind_at"]
         final_factor: float = Field(default=0.1, gt=0, le=1)  # learning rate at a cycle's end, of that at its start
@@ -74,9 +71,6 @@ class ObertPruning(Masked):
         self.targets = list(zip(settings.prune_at or (1.0,), steps, strict=True)) if settings.sparsity else []
         self.done, self.history = 0, list[dict[str, float]]()
         self.data: TrainingData | None = None
-        if settings.importance == "movement":
-            for index, linear in enumerate(self.linears):
-                self.masks.register_buffer(f"movement_{index}", torch.zeros_like(linear.weight))
 
     def _check_settings(self) -> None:
         settings, current = self.settings, self.sparsity
@@ -100,23 +94,6 @@ class ObertPruning(Masked):
 
     def use_data(self, data: TrainingData) -> None:
         self.data = data
-
-    def _on_gradient(self, index: int) -> Callable[[Tensor], Tensor]:
-        mask = super()._on_gradient(index)
-
-        def masked(gradient: Tensor) -> Tensor:
-            gradient = mask(gradient)
-            if self.settings.importance == "movement":  # the score's gradient, dL/dS = dL/dw * w, summed over steps
-                self._movement(index).sub_(gradient * self.linears[index].weight.detach())
-            return gradient
-
-        return masked
-
-    def _movement(self, index: int) -> Tensor:
-        return getattr(self.masks, f"movement_{index}")
-
-    def _moved(self) -> bool:
-        return any(bool(self._movement(index).any()) for index in range(len(self.linears)))
 
     def learning_rate_factor(self, progress: float) -> float | None:
         """Falls from 1 to ``final_factor`` between rewinds."""
@@ -154,20 +131,15 @@ class ObertPruning(Masked):
 
     def _prune_once(self, sparsity: float, draw: int, fishers: list[BlockFisher]) -> None:
         group = self.settings.group
-        if self.settings.importance == "movement" and not self._moved():
-            for _ in self._gradients(draw):
-                pass  # without training before it, the hooks gather the scores over these batches
         scores, alive = [], []
         for index, linear in enumerate(self.linears):
             scores.append(self._score(index, linear.weight.detach(), fishers))
             alive.append(self.masks[index].view(-1, group).any(1))
-        ranked = [torch.where(mask, score, -torch.inf) for mask, score in zip(alive, scores, strict=True)]
-        lists = ranked if self.settings.per_matrix else [torch.cat(ranked)]
-        counts = [round(sparsity * len(values)) for values in lists]
-        if any(count < int(values.isneginf().sum()) for count, values in zip(counts, lists, strict=True)):
+        ranked = torch.where(torch.cat(alive), torch.cat(scores), -torch.inf)
+        count = round(sparsity * len(ranked))
+        if count < int((~torch.cat(alive)).sum()):
             raise StudyError(f"obert: sparsity {sparsity:g} is below the current one of {self.sparsity:.3f}")
-        gone = torch.cat([smallest(values, count) for count, values in zip(counts, lists, strict=True)])
-        gone = gone.split([len(score) for score in scores])
+        gone = smallest(ranked, count).split([len(score) for score in scores])
         for index, linear in enumerate(self.linears):
             self._remove(index, linear, gone[index], fishers)
 
@@ -175,8 +147,7 @@ class ObertPruning(Masked):
         """What each weight or group is worth, (weights / group,); groups add up."""
         if fishers:
             return fishers[index].saliency(weight, self.settings.group).to(torch.float32)
-        values = weight.square() if self.settings.importance == "magnitude" else self._movement(index)
-        return values.reshape(-1, self.settings.group).sum(1)
+        return weight.square().reshape(-1, self.settings.group).sum(1)
 
     @torch.no_grad()
     def _remove(self, index: int, linear: nn.Linear, gone: Tensor, fishers: list[BlockFisher]) -> None:

@@ -12,6 +12,7 @@ from lib.compressors.obert import TEN_EPOCHS, THIRTY_EPOCHS
 from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES, layer_count
+from lib.plans.block_movement import PAPER_SCORE_LEARNING_RATE, UNSTRUCTURED
 from lib.plans.common import encoder_layers
 from lib.runs import record_path
 from lib.settings import Profile
@@ -28,7 +29,7 @@ from lib.specs import (
 )
 
 Budget = Literal["short", "long"]
-IMPORTANCES = ("obert", "magnitude", "movement")
+RANKINGS = ("obert", "magnitude", "movement")
 SHALLOW_FIRST_STEP = 0.3  # the paper's first step for models that have lost layers
 SOFT = Distillation(hard=0.0, logits=1.0, temperature=2.0)  # "hardness 1": the teacher's logits alone
 UPSTREAM_SOFT = Distillation(hard=0.0, logits=1.0, temperature=5.5)
@@ -55,8 +56,18 @@ def _pruning(profile: Profile, sparsity: float, importance: str, group: int, **c
             "gradients": settings.gradients, "gradient_batch": settings.gradient_batch,
             "dampening": settings.dampening, "width": settings.widths[0 if group == 1 else 1],
         }  # fmt: skip
-        values |= {"per_matrix": True} if importance == "movement" else {}
     return CompressorSpec(name="obert", settings=values | changes)
+
+
+def _movement(profile: Profile, task: str, sparsity: float) -> CompressorSpec:
+    """Movement pruning (Sanh, Wolf and Rush 2020, arXiv:2005.07683): a trained score per weight, the best k kept.
+
+    It has its authors' own, smooth schedule: the scores say where a weight is going, not how large it is, and oBERT's
+    few large steps would take out large ones at once.
+    """
+    rate = profile.obert.movement_learning_rates.get(task, PAPER_SCORE_LEARNING_RATE)
+    settings = {"mask": "top-k", "density": round(1 - sparsity, 6), "score_learning_rate": rate}
+    return CompressorSpec(name="block_movement", settings=UNSTRUCTURED | settings)
 
 
 def _training(profile: Profile, task: str, epochs: float) -> Any:
@@ -80,6 +91,7 @@ def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "ober
 
     Args:
         sparsity: 0 is the paper's fair control: the dense model under the same recipe.
+        importance: one of ``RANKINGS``; "movement" has the budget's epochs, but a schedule of its own.
         layers: kept; the others are dropped from the top and the rest fine-tuned first.
         task: the headline task where none is given.
     """
@@ -87,9 +99,10 @@ def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "ober
     teacher, shallow = dense_spec(profile, task, seed), layers is not None and layers < total
     first = min(SHALLOW_FIRST_STEP if shallow else profile.obert.first_step, sparsity)
     changes = schedule(profile, budget) | {"first_step": first}
+    pruning = _pruning(profile, sparsity, importance, group, **changes)
     return teacher.model_copy(update={
         "start": fewer_layers(profile, seed, layers, task) if shallow and layers else teacher,
-        "compressor": _pruning(profile, sparsity, importance, group, **changes),
+        "compressor": _movement(profile, task, sparsity) if importance == "movement" else pruning,
         "training": _training(profile, task, _epochs(profile, task, budget)), "distillation": SOFT, "teacher": teacher,
     })  # fmt: skip
 
@@ -171,8 +184,8 @@ def _rankings(profile: Profile, task: str, seed: int) -> list[Spec]:
     """Dense, its control, and every ranking at every sparsity."""
     plan: list[Spec] = [dense_spec(profile, task, seed)]
     for sparsity in profile.obert.sparsities:
-        plan += [pruned(profile, seed, sparsity, importance, task=task) for importance in IMPORTANCES]
-        if len(plan) == 1 + len(IMPORTANCES):
+        plan += [pruned(profile, seed, sparsity, importance, task=task) for importance in RANKINGS]
+        if len(plan) == 1 + len(RANKINGS):
             plan.append(pruned(profile, seed, 0.0, task=task))
     return plan
 
