@@ -255,8 +255,7 @@ class ObertSettings(Strict):
     ``task`` is the one that is pruned in full, on ``train_examples`` of its examples, with the paper's two schedules
     over ``short_epochs`` and ``long_epochs``, the long one in ``prunings`` steps, the first to ``first_step``.
     ``other_tasks`` get every ranking at every sparsity, one-shot pruning and the headline compounds too, the long
-    schedule over the epochs given with each. ``movement_learning_rates`` names tasks whose movement scores do not take
-    their authors' 0.01.
+    schedule over the epochs given with each.
     ``widths`` are those of the Fisher's blocks for single weights and for runs of four. One-shot pruning is measured at
     ``one_shot_sparsities``, split into each of ``recomputations``. ``upstream_task`` lends its text to the language
     model, ``transfer_tasks`` get its pruned encoder. ``compound_layers`` are layers kept. ``cost_weights`` is the slice
@@ -274,7 +273,6 @@ class ObertSettings(Strict):
     prunings: PositiveInt
     first_step: Sparsity
     learning_rate: PositiveFloat
-    movement_learning_rates: dict[str, PositiveFloat]
     gradients: PositiveInt
     gradient_batch: PositiveInt
     widths: tuple[PositiveInt, PositiveInt]

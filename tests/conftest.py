@@ -199,7 +199,6 @@ def small_profile(results: Path) -> dict[str, Any]:
         },
         "obert": {
             "task": "world_sentiment", "train_examples": 32, "other_tasks": {}, "sparsities": [0.8], "short_epochs": 1,
-            "movement_learning_rates": {"world_sentiment": 0.5},
             "long_epochs": 1, "prunings": 3, "first_step": 0.5, "learning_rate": 1e-3, "gradients": 4,
             "gradient_batch": 4, "widths": [16, 16], "dampening": 1e-7, "one_shot_sparsities": [0.8],
             "recomputations": [1], "upstream_task": "world_sentiment", "transfer_tasks": ["world_sentiment"],

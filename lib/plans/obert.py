@@ -12,7 +12,7 @@ from lib.compressors.obert import TEN_EPOCHS, THIRTY_EPOCHS
 from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES, layer_count
-from lib.plans.block_movement import PAPER_SCORE_LEARNING_RATE, UNSTRUCTURED
+from lib.plans.block_movement import UNSTRUCTURED
 from lib.plans.common import encoder_layers
 from lib.runs import record_path
 from lib.settings import Profile
@@ -59,14 +59,13 @@ def _pruning(profile: Profile, sparsity: float, importance: str, group: int, **c
     return CompressorSpec(name="obert", settings=values | changes)
 
 
-def _movement(profile: Profile, task: str, sparsity: float) -> CompressorSpec:
+def _movement(sparsity: float) -> CompressorSpec:
     """Movement pruning (Sanh, Wolf and Rush 2020, arXiv:2005.07683): a trained score per weight, the best k kept.
 
     It has its authors' own, smooth schedule: the scores say where a weight is going, not how large it is, and oBERT's
-    few large steps would take out large ones at once.
+    few large steps would take out large ones at once. Only the scores' order counts, so their learning rate does not.
     """
-    rate = profile.obert.movement_learning_rates.get(task, PAPER_SCORE_LEARNING_RATE)
-    settings = {"mask": "top-k", "density": round(1 - sparsity, 6), "score_learning_rate": rate}
+    settings = {"mask": "top-k", "density": round(1 - sparsity, 6)}
     return CompressorSpec(name="block_movement", settings=UNSTRUCTURED | settings)
 
 
@@ -102,7 +101,7 @@ def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "ober
     pruning = _pruning(profile, sparsity, importance, group, **changes)
     return teacher.model_copy(update={
         "start": fewer_layers(profile, seed, layers, task) if shallow and layers else teacher,
-        "compressor": _movement(profile, task, sparsity) if importance == "movement" else pruning,
+        "compressor": _movement(sparsity) if importance == "movement" else pruning,
         "training": _training(profile, task, _epochs(profile, task, budget)), "distillation": SOFT, "teacher": teacher,
     })  # fmt: skip
 
