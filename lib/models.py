@@ -291,8 +291,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def published_parameters(architecture: str, layers_dropped: int = 0) -> int:
-    """Exact count of a published encoder (with its pooler, without a task head), on the meta device.
+def published_parameters(architecture: str, layers_dropped: int = 0, pooler: bool = True) -> int:
+    """Exact count of a published encoder, without a task head, on the meta device.
+
+    ``pooler`` counts that of architectures that have one.
 
     Raises:
         StudyError: unknown architecture, or as many layers dropped as it has.
@@ -304,4 +306,7 @@ def published_parameters(architecture: str, layers_dropped: int = 0) -> int:
     stack = layers(model)
     if not 0 <= layers_dropped < len(stack):
         raise StudyError(f"{architecture}: cannot drop {layers_dropped} layers; give 0 to {len(stack) - 1}")
-    return count_parameters(model) - sum(count_parameters(layer) for layer in stack[len(stack) - layers_dropped :])
+    gone = list(stack[len(stack) - layers_dropped :])
+    if not pooler and getattr(model, "pooler", None) is not None:
+        gone.append(model.pooler)
+    return count_parameters(model) - sum(count_parameters(module) for module in gone)

@@ -236,7 +236,7 @@ def test_what_the_rows_say():
     halved = found.loc["Half the layers halve the inference time"]
     assert halved["ours"] == "48 to 50 % saved" and halved["evidence"].startswith("2 engines on Toy CPU, batch 32")
     kept = found.loc["Half of the layers, dropped from the top, keep nearly all of the score"]
-    assert kept["ours"] == f"{100 * 79.5 / 80:.1f} %" and "2 tasks, 2 seeds each" in kept["evidence"]
+    assert kept["ours"] == f"{100 * 79.5 / 80:.1f} %" and "mean over RTE, CoLA, 2 seeds each" in kept["evidence"]
     assert found.loc["Dropping from the top is the best or near-best strategy", "ours"] == "1 of 2"
     order = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
     assert order["ours"] == "+0.0 points (+0.0 to +0.0)" and "paired over 4" in order["evidence"]
@@ -339,7 +339,7 @@ def test_a_strategy_that_lacks_runs_is_compared_on_the_shared_ones():
     empty = training_speed_frame([])
     found = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim")
     row = found.loc["Dropping from the top is the best or near-best strategy"]
-    assert row["ours"] == "1 of 2" and "1 tasks, 2 seeds each" in row["evidence"]
+    assert row["ours"] == "1 of 2" and "mean over RTE, 2 seeds each" in row["evidence"]
 
 
 def test_operating_points_stand_beside_their_own_row_of_the_paper():

@@ -279,6 +279,17 @@ def test_magnitude_keeps_the_largest_weights(small_model):
     assert torch.equal(after != 0, weights >= bound)
 
 
+def test_per_matrix_every_matrix_keeps_the_same_share(small_model):
+    settings = {"mask": "top-k", "density": 0.25, "importance": "magnitude"}
+    shares = {}
+    for per_matrix in (False, True):
+        compressor = attached(small_model("bert"), variant="block", block=[1, 1], per_matrix=per_matrix, **settings)
+        compressor._renew(1.0)
+        masks = [compressor.scores.mask(name) for kind in ("attention", "ffn") for name in compressor._of(kind)]
+        shares[per_matrix] = [int(mask.sum()) - round(0.25 * mask.numel()) for mask in masks]
+    assert set(shares[True]) == {0} and len(set(shares[False])) > 1
+
+
 def _matrices(model: Any, kind: str) -> list[torch.Tensor]:
     parts = attention_parts(model) if kind == "attention" else ffn_parts(model)
     names = ("query", "key", "value", "attention_output") if kind == "attention" else ("ffn_in", "ffn_out")
@@ -427,6 +438,7 @@ def test_pruning_everything_is_refused(features, tokenizer, tmp_path):
         ({"mask": "top-k", "density": 0}, "setting density: Input should be greater than 0"),
         ({"mask": "top-k", "density": 1.5}, "setting density: Input should be less than or equal to 1"),
         ({"mask": "top-k", "density": 0.5, "least_density": 0.1}, "least_density belongs to threshold masks"),
+        ({"per_matrix": True}, "per_matrix belongs to top-k masks; a threshold is one for all"),
         ({"least_density": 1}, "setting least_density: Input should be less than 1"),
         ({"importance": "magnitude"}, "magnitude has no scores for a threshold; give mask top-k and a density"),
         ({"variant": "rows"}, "setting variant: Input should be 'block', 'hybrid' or 'struct'"),

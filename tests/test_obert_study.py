@@ -105,7 +105,9 @@ def test_every_ranking_differs_in_nothing_else(study):
         assert chosen == [*schedule(study, "long").values(), 0.5]
     movement = specs[2].compressor
     assert movement.name == "block_movement" and method_of(specs[2]) == "movement"
-    assert movement.settings == {"variant": "block", "block": [1, 1], "mask": "top-k", "density": 0.2}
+    assert movement.settings == {
+        "variant": "block", "block": [1, 1], "mask": "top-k", "density": 0.2, "per_matrix": True, "begin": 0.1, "end": 0.8,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("profile", ["smoke", "quick", "study", "paper"])

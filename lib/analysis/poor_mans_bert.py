@@ -66,6 +66,12 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
     return frame
 
 
+def with_most_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the tasks that have as many seeds as any task, so that the mean of every seed is over the same tasks."""
+    seeds = rows.groupby("task")["seed"].nunique()
+    return rows[rows["task"].isin(seeds[seeds == seeds.max()].index)]
+
+
 def _nothing_yet(what: str) -> StudyError:
     return StudyError(
         f"no {what} is finished yet; give the data that the profile wants (data_dir) and leave budget_minutes out"

@@ -67,7 +67,8 @@ class BlockMovement(Compressor):
 
         However strong lambda is, a threshold leaves a share ``least_density`` of each kind (the paper, which chooses
         lambda for every task, has no such bound). The schedule is flat until progress ``begin`` and from ``end`` on.
-        ``importance`` "magnitude" ranks by the weights' norm and trains no score.
+        ``importance`` "magnitude" ranks by the weights' norm and trains no score. The best k are those of a kind, or
+        with ``per_matrix`` of every matrix.
         """
 
         variant: Literal["block", "hybrid", "struct"] = "hybrid"
@@ -80,6 +81,7 @@ class BlockMovement(Compressor):
         ffn_lambda: float = Field(default=1.0, ge=0)
         least_density: float = Field(default=0.0, ge=0, lt=1)
         density: float | None = Field(default=None, gt=0, le=1)
+        per_matrix: bool = False
         score_learning_rate: float = Field(default=1e-2, gt=0)
         begin: float = Field(default=0.05, ge=0, lt=1)
         end: float = Field(default=0.5, gt=0, le=1)
@@ -93,6 +95,8 @@ class BlockMovement(Compressor):
             raise StudyError(f"block_movement: begin {settings.begin} is not before end {settings.end}; lower it")
         if (settings.mask == "top-k") != (settings.density is not None):
             raise StudyError("block_movement: density belongs to top-k masks; give both or neither")
+        if settings.mask != "top-k" and settings.per_matrix:
+            raise StudyError("block_movement: per_matrix belongs to top-k masks; a threshold is one for all")
         if settings.mask == "top-k" and settings.least_density:
             raise StudyError("block_movement: least_density belongs to threshold masks; top-k masks have density")
         if settings.importance == "magnitude" and settings.mask != "top-k":
@@ -185,8 +189,8 @@ class BlockMovement(Compressor):
         for kind in KINDS:
             names = self._of(kind)
             masks = [self.scores.values[name] > bound for name in names]
-            if sum(int(mask.sum()) for mask in masks) < self._share(kind, self.settings.least_density):
-                self._keep_best(kind, self.settings.least_density)
+            if sum(int(mask.sum()) for mask in masks) < self._share(names, self.settings.least_density):
+                self._keep_best(names, self.settings.least_density)
                 self.held.append(kind)
                 continue
             for name, mask in zip(names, masks, strict=True):
@@ -196,17 +200,18 @@ class BlockMovement(Compressor):
         assert self.settings.density is not None
         share = 1 - (1 - self.settings.density) * ramp(progress, self.settings.begin, self.settings.end)
         for kind in KINDS:
-            self._keep_best(kind, share)
+            for names in [[name] for name in self._of(kind)] if self.settings.per_matrix else [self._of(kind)]:
+                self._keep_best(names, share)
 
-    def _keep_best(self, kind: Kind, share: float) -> None:
-        names = self._of(kind)
+    def _keep_best(self, names: list[str], share: float) -> None:
+        """Keep that share of the blocks of these matrices, ranked together."""
         ranked = [self._ranking(name) for name in names]
-        for name, mask in zip(names, best(ranked, self._share(kind, share)), strict=True):
+        for name, mask in zip(names, best(ranked, self._share(names, share)), strict=True):
             self.scores.mask(name).copy_(mask)
 
-    def _share(self, kind: Kind, share: float) -> int:
-        """How many blocks are that share of a kind's."""
-        return round(share * sum(self.scores.mask(name).numel() for name in self._of(kind)))
+    def _share(self, names: list[str], share: float) -> int:
+        """How many blocks are that share of these matrices'."""
+        return round(share * sum(self.scores.mask(name).numel() for name in names))
 
     def _ranking(self, name: str) -> Tensor:
         """Trained scores, or the norm of each block's weights; two matrices that share scores are taken together."""

@@ -62,10 +62,11 @@ def _pruning(profile: Profile, sparsity: float, importance: str, group: int, **c
 def _movement(sparsity: float) -> CompressorSpec:
     """Movement pruning (Sanh, Wolf and Rush 2020, arXiv:2005.07683): a trained score per weight, the best k kept.
 
-    It has its authors' own, smooth schedule: the scores say where a weight is going, not how large it is, and oBERT's
-    few large steps would take out large ones at once. Only the scores' order counts, so their learning rate does not.
+    It has its authors' own schedule, over 10 to 80 % of training, and ranks within each matrix as they do: the scores
+    say where a weight is going, not how large it is, and oBERT's few large steps would take out large ones at once.
+    Only the scores' order counts, so their learning rate does not.
     """
-    settings = {"mask": "top-k", "density": round(1 - sparsity, 6)}
+    settings = {"mask": "top-k", "density": round(1 - sparsity, 6), "per_matrix": True, "begin": 0.1, "end": 0.8}
     return CompressorSpec(name="block_movement", settings=UNSTRUCTURED | settings)
 
 
