@@ -159,7 +159,9 @@ def ensure(
     if computed:
         state += f" in {duration(time.monotonic() - started)}"
     print(state + (f", {len(missing)} not run yet" if missing else ""))
-    _note_other_code(found.values())
+    if budget_minutes != 0:  # who may compute them again
+        _note_other_code(found.values())
+    _note_older(found)
     return Records((found[key] for key in unique if key in found), missing)
 
 
@@ -205,6 +207,31 @@ def _note_other_code(records: Iterable[Record]) -> None:
         commits = sorted({(record.commit or "no commit")[:7] for record in other})
         shown = ", ".join(commits[:4]) + (" …" if len(commits) > 4 else "")
         print(f"  {len(other)} of them were made by earlier versions of lib/ ({shown}); refresh computes them again")
+
+
+def older_than_start(records: Mapping[str, Record]) -> list[Record]:
+    """Records made before the run that they begin with, learn from or are informed by, among ``records`` by hash.
+
+    That run was made again, and its model need not be the one that they saw.
+    """
+    older = []
+    for record in records.values():
+        spec = record.spec
+        others = [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]
+        before = [records.get(spec_hash(other)) for other in others if other is not None]
+        if any(other is not None and other.created > record.created for other in before):
+            older.append(record)
+    return older
+
+
+def _note_older(records: Mapping[str, Record]) -> None:
+    older = older_than_start(records)
+    if older:
+        names = ", ".join(label(record.spec) for record in older[:3]) + (" …" if len(older) > 3 else "")
+        print(
+            f"  {len(older)} of them ({names}) are older than the run that they begin with or learn from; "
+            "remove their records, or refresh"
+        )
 
 
 def hold_lock(profile: Profile, spec: Spec) -> AbstractContextManager[object]:

@@ -106,7 +106,8 @@ def test_every_ranking_differs_in_nothing_else(study):
     movement = specs[2].compressor
     assert movement.name == "block_movement" and method_of(specs[2]) == "movement"
     assert movement.settings == {
-        "variant": "block", "block": [1, 1], "mask": "top-k", "density": 0.2, "per_matrix": True, "begin": 0.1, "end": 0.8,
+        "variant": "block", "block": [1, 1], "mask": "top-k", "density": 0.2, "per_matrix": True,
+        "begin": 0.1, "end": 0.8,
     }  # fmt: skip
 
 

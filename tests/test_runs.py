@@ -20,6 +20,7 @@ from lib import experiments, files, runs, speed_runs
 from lib.compressors import CompressorSpec
 from lib.config import ROOT, StudyError, load_profile
 from lib.distillation import Distillation
+from lib.labels import label
 from lib.plans.poor_mans_bert import dropped_after, dropped_and_distilled, dropped_before
 from lib.runs import Record, Records, ensure, read_record, record_path
 from lib.settings import Profile
@@ -58,8 +59,29 @@ def test_hashes_are_the_names_of_committed_records():
 def test_committed_records_are_whole_and_under_their_own_names(profile):
     folder = ROOT / "results" / profile / "runs"
     study = load_profile("study", results=str(ROOT / "results" / profile))
-    for path in folder.glob("*.json"):
-        assert record_path(study, read_record(path).spec) == path
+    records = {path: read_record(path) for path in folder.glob("*.json")}
+    for path, found in records.items():
+        assert record_path(study, found.spec) == path
+    older = runs.older_than_start({found.hash: found for found in records.values()})
+    assert not [label(found.spec) for found in older], "the model that they began with was made again since"
+
+
+def test_a_run_whose_start_was_made_again_is_named(profile, capsys):
+    dense = dense_spec(profile, "world_sentiment", 0)
+    made = [
+        record(dense),
+        record(dense.model_copy(update={"start": dense})),
+        record(dense.model_copy(update={"seed": 1})),
+    ]
+    times = ["2026-01-02T00:00:00+00:00", "2026-01-01T00:00:00+00:00", "2025-01-01T00:00:00+00:00"]
+    found = {r.hash: r.model_copy(update={"created": time}) for r, time in zip(made, times, strict=True)}
+    assert [r.hash for r in runs.older_than_start(found)] == [made[1].hash]
+    runs._note_older(found)
+    assert (
+        "1 of them (world_sentiment_dense_seed0) are older than the run that they begin with" in capsys.readouterr().out
+    )
+    runs._note_older({made[1].hash: made[1]})
+    assert not capsys.readouterr().out
 
 
 def test_a_field_added_later_leaves_older_hashes_alone():
