@@ -128,7 +128,7 @@ _TASKS = (
         "world_sentiment", "classification", "accuracy", "World sentiment", 2, PAIR[:1], embedded=corpus.world_sentiment
     ),
     Task("world_pair", "classification", "accuracy", "World pairs", 2, PAIR, embedded=corpus.world_pair),
-    Task("world_translation", "translation", "bleu", "World translation", embedded=corpus.world_translation),
+    Task("world_translation", "translation", "bleu", "World translation (invented)", embedded=corpus.world_translation),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lib.claims import NOT_CLAIMED
 from lib.config import StudyError
 from lib.data import TASKS
 from lib.experiments import weights_folder
@@ -263,8 +264,12 @@ def verdicts(study: Profile) -> tuple[pd.DataFrame, list[str]]:
 
 
 def verdict_counts(study: Profile) -> pd.DataFrame:
-    """How many claims of each paper got which verdict; a column more for the papers whose notebook has not run."""
+    """How many claims of each paper got which verdict; a column more for the papers whose notebook has not run.
+
+    What a notebook judges beside the paper's claims, and calls "not claimed", is not counted.
+    """
     table, missing = verdicts(study)
+    table = table[~table["claim"].str.endswith(NOT_CLAIMED)]
     waiting = pd.DataFrame({"paper": missing, "verdict": "not executed yet"})
     every = pd.concat([table[["paper", "verdict"]], waiting])
     reasons_off = every["verdict"].str.split(r" \(|:", regex=True).str[0]

@@ -124,7 +124,7 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def layer_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Sparsity (percent) of every matrix of every gradually pruned full-size model: method, target, layer, part."""
+    """Sparsity (percent) of every matrix of every gradually pruned model: task, method, target, layer, part."""
     rows = []
     for record in records:
         spec = record.spec
@@ -133,11 +133,11 @@ def layer_frame(records: Iterable[Record]) -> pd.DataFrame:
         for number, parts in enumerate(_zeros_by_layer(record["compression"]), start=1):
             for part, share in parts.items():
                 rows.append({
-                    "method": method_of(spec), "budget": budget_of(spec), "target": 100 * _pruning(spec)["sparsity"],
-                    "layers": record["model"]["layers"], "seed": spec.seed, "layer": number, "part": part,
-                    "sparsity": 100 * share,
+                    "task": spec.task, "method": method_of(spec), "budget": budget_of(spec),
+                    "target": 100 * _pruning(spec)["sparsity"], "layers": record["model"]["layers"], "seed": spec.seed,
+                    "layer": number, "part": part, "sparsity": 100 * share,
                 })  # fmt: skip
-    columns = ["method", "budget", "target", "layers", "seed", "layer", "part", "sparsity"]
+    columns = ["task", "method", "budget", "target", "layers", "seed", "layer", "part", "sparsity"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -15,6 +15,7 @@ SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
 ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
 NOT_RUN = "not run yet"
+NOT_CLAIMED = "(not claimed)"  # ends a row that judges what the paper does not say
 
 
 def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool] | None, evidence: str,

@@ -41,8 +41,10 @@ def sparsity_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         part = theirs[chosen & (theirs["epochs"] == epochs)]
         points = figures.band_plot(right, part, "sparsity", "retained", method, published=True)
         drawn.append(points.rename(columns={"sparsity": "target"}).assign(panel="retained"))
-    for kind, style in (("dense", "-"), ("control", figures.DASHES)):
-        scores = quality[(quality["kind"] == kind) & quality["task"].isin(gradual["task"])]["score"]
+    same = quality[quality["task"].isin(gradual["task"])]
+    shared = set(same[same["kind"] == "control"]["seed"]) or set(same["seed"])  # both lines are means over these
+    for kind, style in (("dense", "-"), ("control", ":")):
+        scores = same[(same["kind"] == kind) & same["seed"].isin(shared)]["score"]
         if len(scores):
             label = "Dense" if kind == "dense" else "Dense, same recipe"
             left.axhline(scores.mean(), color=figures.BLACK, linewidth=0.9, linestyle=style, label=label)
@@ -64,9 +66,10 @@ def one_shot_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     once = full[full["kind"] == "one-shot"]
     if once.empty:
         raise StudyError("oBERT: no one-shot run is finished yet; raise budget_minutes, or run the plan to the end")
-    shades = (figures.ORANGE, figures.VERMILION, figures.PURPLE, figures.BLUE)
+    shades = (figures.ORANGE, figures.PURPLE, figures.BLUE, figures.GREEN)
+    ways = sorted(once[once["method"] == "obert"]["recomputations"].unique())
     for (method, parts), rows in once.groupby(["method", "recomputations"]):
-        shade = figures.GREY if method == "magnitude" else shades[(len(curves)) % len(shades)]
+        shade = figures.GREY if method == "magnitude" else shades[ways.index(parts) % len(shades)]
         name = figures.METHODS[str(method)][2] + ", at once" + (f", {parts} parts" if parts > 1 else "")
         curves[name] = rows, {"color": shade, "marker": "<" if method == "magnitude" else "D", "linestyle": ":"}
     for budget, marker in (("short", "v"), ("long", "o")):
@@ -98,7 +101,7 @@ def layer_figure(layers: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     rows = rows[rows["target"] == targets[0]]
     methods = list(dict.fromkeys(rows["method"]))
     fig, axes = figures.new_figure("page", 1, len(methods), squeeze=False, sharey=True)
-    by = ["method", "part", "layer", "target"]
+    by = ["task", "method", "part", "layer", "target"]
     means = rows.groupby(by, sort=False)["sparsity"].agg(["mean", "size"]).reset_index()
     for ax, method in zip(axes[0], methods, strict=True):
         for part, points in means[means["method"] == method].groupby("part", sort=False):
@@ -128,10 +131,12 @@ def speed_figure(speed: pd.DataFrame, group: int = 1) -> tuple[Figure, pd.DataFr
     for ax, (batch, length) in zip(axes, conditions, strict=False):
         here = full[(full["batch"] == batch) & (full["length"] == length)]
         drawn.append(_speed_panel(ax, here, group))
-        ax.set(title=f"batch {batch}, {length} tokens", xlabel="sparsity (%)", ylabel="ms", yscale="log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.set(title=f"batch {batch}, {length} tokens", xlabel="sparsity (%)", yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
+    for ax in axes[::2]:
+        ax.set_ylabel("time of a call (ms)")
     figures.outside_legend(fig)
     return fig, pd.concat(drawn, ignore_index=True)
 
