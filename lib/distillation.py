@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from lib.config import StudyError
+from lib.quantized_layers import is_quantized
 from lib.settings import Strict
 
 SCORES = "study_scores"
@@ -86,6 +87,8 @@ def expose_attention_scores(model: PreTrainedModel) -> None:
     """
     if model.config.model_type == "xlnet":
         raise StudyError("attention-score distillation: XLNet's attention cannot be exchanged; use hidden states")
+    if is_quantized(model):
+        raise StudyError("attention-score distillation: a quantised model has its own; use hidden states")
     AttentionInterface.register(SCORES, _scores_forward)
     AttentionMaskInterface.register(SCORES, eager_mask)
     model.set_attn_implementation(SCORES)

@@ -26,6 +26,7 @@ from lib.fisher_speed import fisher_cost
 from lib.labels import label
 from lib.metrics import score
 from lib.models import load_model, load_tokenizer
+from lib.quantized_layers import is_quantized
 from lib.runs import ensure_weights, obtain
 from lib.settings import Profile
 from lib.specs import (
@@ -204,9 +205,14 @@ def _initial(spec: TrainSpec, profile: Profile) -> tuple[PreTrainedModel, PreTra
             under_head(finished_model(profile, spec.start)[0], model)
         return model, load_tokenizer(spec.encoder)
     model, tokenizer = finished_model(profile, spec.start)
-    if model.config.model_type != "xlnet":
-        model.set_attn_implementation(settings.attention)
-    return model, tokenizer
+    return _with_attention(model, settings.attention), tokenizer
+
+
+def _with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """The model with that attention kernel, where it has a choice; XLNet has none, nor has what rounds its softmax."""
+    if model.config.model_type != "xlnet" and not is_quantized(model):
+        model.set_attn_implementation(attention)
+    return model
 
 
 def _distiller(spec: TrainSpec, profile: Profile, student: PreTrainedModel) -> Distiller | None:
@@ -237,7 +243,7 @@ def run_importance(spec: ImportanceSpec, profile: Profile) -> dict[str, Any]:
     """Scores of the gates of a finished model, ``{"heads": per layer, ...}``; higher is more important."""
     task, start = encoder_task(spec.task), spec.start
     model, tokenizer = finished_model(profile, start)
-    model.set_attn_implementation(start.training.attention)
+    _with_attention(model, start.training.attention)
     settings = start.training
     split = "train" if spec.method == "gain" else "validation"
     data = _task_data(start, profile)[split]

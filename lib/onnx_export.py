@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lib.config import StudyError
 from lib.models import layer_parts, layers
+from lib.quantized_layers import is_quantized
 
 OPSET = 18  # the lowest that torch's exporter writes without a conversion afterwards
 _ONE_FILE_LIMIT = 1_800_000_000  # bytes; a protobuf file ends at 2 GiB, larger weights go into a file beside it
@@ -37,6 +38,8 @@ def logits_of(output: Any) -> tuple[Tensor, ...]:
 def evaluation_copy(model: nn.Module, attention: str, dtype: torch.dtype, device: str) -> Any:
     """An independent, frozen copy with the given attention, or its own where the architecture has no other."""
     copied: Any = copy.deepcopy(model).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    if is_quantized(model):  # another kernel would leave the softmax unrounded
+        return copied
     with quiet(), contextlib.suppress(AttributeError, ValueError, NotImplementedError):
         copied.set_attn_implementation(attention)
     return copied

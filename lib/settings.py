@@ -366,6 +366,15 @@ class Profile(Strict):
     frontier: FrontierSettings
 
     def task_seeds(self, task: str) -> tuple[int, ...]:
-        """The seeds that ``task``, of ``tasks`` or ``translation``, runs with under this profile."""
-        settings = self.tasks[task] if task in self.tasks else self.translation[task]
+        """The seeds that ``task``, of ``tasks`` or ``translation``, runs with under this profile.
+
+        Raises:
+            StudyError: the profile has no such task.
+        """
+        settings = self.tasks.get(task) or self.translation.get(task)
+        if settings is None:
+            from lib.config import StudyError  # which reads these settings
+
+            known = ", ".join([*self.tasks, *self.translation])
+            raise StudyError(f"task '{task}' is not among those of this run; it has {known}")
         return self.seeds[: settings.seeds]

@@ -44,7 +44,8 @@ def run_text_distillation(spec: TextDistillationSpec, profile: Profile) -> dict[
     if distillation.hard or distillation.logits:
         raise StudyError("text distillation: an encoder without a head has no logits; set hard and logits to 0")
     tokenizer = load_tokenizer(spec.encoder)
-    teacher = load_model(spec.encoder, "encoder", 0, spec.seed, settings.attention, settings.dropout)
+    rates = (settings.dropout, settings.attention_dropout)
+    teacher = load_model(spec.encoder, "encoder", 0, spec.seed, settings.attention, *rates)
     student = copy.deepcopy(teacher)
     compressor = make_compressor(spec.compressor)
     compressor.attach(student)

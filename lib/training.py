@@ -306,7 +306,7 @@ def fine_tune(
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
-    """Stop training word, position and type embeddings (XLNet has word embeddings only)."""
+    """Stop training word, position and type embeddings and their LayerNorm (XLNet has word embeddings only)."""
     base = base_model(model)
     embeddings = getattr(base, "embeddings", None) or getattr(base, "word_embedding", None)
     if embeddings is None:

@@ -63,7 +63,8 @@ def load_masked_lm(encoder: str, seed: int, settings: TrainingSettings) -> Maske
     config = load_config(encoder)
     if not isinstance(config, BertConfig):
         raise StudyError(f"upstream pruning: encoder '{encoder}' is of type '{config.model_type}'; it handles bert")
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = settings.dropout
+    config.hidden_dropout_prob, rate = settings.dropout, settings.attention_dropout
+    config.attention_probs_dropout_prob = settings.dropout if rate is None else rate
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if encoder == "tiny-bert":

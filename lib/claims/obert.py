@@ -136,8 +136,9 @@ def speed_sentence(speed: pd.DataFrame) -> str:
 
     zeros, none = largest(speed[speed["sparsity"] > 0]), largest(speed[speed["sparsity"] == 0])
     return (
-        f"The largest speed-up over the full dense model in fp32 on its kind of engine is {zeros} with zeros, and {none} "
-        f"without. At full depth, the best sparse model against the fastest dense one: {_over_best_dense(speed)[0]}."
+        f"The largest speed-up over the full dense model in fp32 on its kind of engine is {zeros} with zeros, and "
+        f"{none} without. At full depth, the best sparse model against the fastest dense one: "
+        f"{_over_best_dense(speed)[0]}."
     )
 
 
@@ -183,7 +184,7 @@ def _better_than(quality: pd.DataFrame, rival: str, target: float) -> dict[str, 
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
     pairs = ours.merge(other, on=["task", "seed"], suffixes=("", "_rival"))
     gains = pairs["retained"] - pairs["retained_rival"]
-    evidence = f"retained share, {len(pairs)} pairs of the same start, teacher, epochs and seed"
+    evidence = f"retained share, {len(pairs)} pairs of the same teacher, epochs and seed"
     return leads(claim, printed, gains, evidence, seeds_of(pairs))
 
 

@@ -124,6 +124,8 @@ class LayerDropping(Compressor):
         self.model, self.n_layers = model, len(layers(model))
         self.dropped: list[int] = []
         wrong = [layer for layer in self.settings.drop if not 1 <= layer <= self.n_layers]
+        if len(set(self.settings.drop)) < len(self.settings.drop):
+            raise StudyError(f"layer dropping: drop {list(self.settings.drop)} names a layer twice; name each once")
         if wrong or len(set(self.settings.drop)) >= self.n_layers:
             raise StudyError(
                 f"layer dropping: cannot drop {sorted(self.settings.drop)} of {self.n_layers} layers; "

@@ -82,6 +82,11 @@ class ObertPruning(Masked):
                 f"obert: sparsity {settings.sparsity:g} is below the current one of {current:.3f}; pruned weights "
                 "never return: give a higher one, or start from a denser model"
             )
+        if len(settings.prune_at) > 1 and settings.sparsity and settings.first_step < current:
+            raise StudyError(
+                f"obert: the first step to {settings.first_step:g} is below the current sparsity of {current:.3f}; "
+                "raise first_step"
+            )
         if len(settings.prune_at) > 1 and settings.sparsity and settings.first_step > settings.sparsity:
             raise StudyError(
                 f"obert: the first step to {settings.first_step:g} is above the final sparsity {settings.sparsity:g}; "

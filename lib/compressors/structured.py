@@ -93,8 +93,8 @@ class StructuredPruning(Compressor):
             scores = self._score(kind)
             if kind in self.kept:  # closed gates never open again
                 scores = [
-                    [value if index in set(kept) else -1e30 for index, value in enumerate(row)]
-                    for row, kept in zip(scores, self.kept[kind], strict=True)
+                    [value if index in alive else -1e30 for index, value in enumerate(row)]
+                    for row, alive in zip(scores, map(set, self.kept[kind]), strict=True)
                 ]
             self.scores[kind] = scores
             self.kept[kind] = keep_best(scores, target_density(progress, density))

@@ -51,7 +51,7 @@ def recipes(profile: Profile, seed: int) -> dict[str, TrainSpec]:
             if (heads, units) == UNTOUCHED:
                 made[name] = base
             else:
-                both = {"heads": heads, "units": units}
+                both = {kind: share for kind, share in (("heads", heads), ("units", units)) if share < 1}
                 parent = base if dropped else None
                 made[name] = pruned(profile, settings.task, seed, both, "l0", "retrain and distil", parent)
     if settings.block_movement:

@@ -9,6 +9,7 @@ from lib.models import ARCHITECTURES, layer_count, load_config
 from lib.plans.common import SPEED_ARCHITECTURES
 from lib.settings import Profile
 from lib.specs import (
+    DataSource,
     FactorisationSpec,
     LatencyModel,
     LatencySpec,
@@ -56,7 +57,8 @@ def objective(profile: Profile, labels: bool) -> Distillation:
 def text_stage(profile: Profile, name: str, nearest: bool = True) -> TextDistillationSpec:
     """The first stage; every task and seed of a configuration starts with the same one."""
     settings, training = profile.kronecker, profile.training.model_dump(exclude={"checkpoint_minutes"})
-    sources = [data_source(profile, task) for task in settings.text_tasks]
+    sources = [data_source(profile, task) for task in settings.text_tasks if task not in profile.own_tasks]
+    rest: DataSource = "embedded" if sources else "local"  # a user's own files alone are local
     values: dict[str, Any] = training | {
         "epochs": settings.text_epochs, "batch_size": settings.text_batch_size, "freeze_embeddings": False,
         "learning_rate": settings.text_learning_rate, "max_length": settings.text_max_length,
@@ -64,7 +66,7 @@ def text_stage(profile: Profile, name: str, nearest: bool = True) -> TextDistill
         "eval_examples": settings.text_held_out,
     }  # fmt: skip
     return TextDistillationSpec(
-        tasks=settings.text_tasks, data=next((source for source in sources if source != "embedded"), "embedded"),
+        tasks=settings.text_tasks, data=next((source for source in sources if source != "embedded"), rest),
         encoder=profile.encoder, seed=profile.seeds[0], training=TrainingSettings.model_validate(values),
         compressor=compressor(profile, name, nearest), distillation=objective(profile, labels=False),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def _epochs(profile: Profile, task: str, budget: Budget) -> float:
 
 def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "obert", group: int = 1,
            budget: Budget = "long", layers: int | None = None, task: str = "") -> TrainSpec:  # fmt: skip
-    """Gradual pruning of a task's finished dense model, distilled from it.
+    """Gradual pruning of a task's finished dense model, distilled from it; "movement" begins with the pre-trained one.
 
     Args:
         sparsity: 0 is the paper's fair control: the dense model under the same recipe.
@@ -100,9 +100,11 @@ def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "ober
     first = min(SHALLOW_FIRST_STEP if shallow else profile.obert.first_step, sparsity)
     changes = schedule(profile, budget) | {"first_step": first}
     pruning = _pruning(profile, sparsity, importance, group, **changes)
+    start: TrainSpec | None = fewer_layers(profile, seed, layers, task) if shallow and layers else teacher
+    if importance == "movement":  # a student that is its own teacher has nothing to move for
+        pruning, start = _movement(sparsity), None
     return teacher.model_copy(update={
-        "start": fewer_layers(profile, seed, layers, task) if shallow and layers else teacher,
-        "compressor": _movement(sparsity) if importance == "movement" else pruning,
+        "start": start, "compressor": pruning,
         "training": _training(profile, task, _epochs(profile, task, budget)), "distillation": SOFT, "teacher": teacher,
     })  # fmt: skip
 
