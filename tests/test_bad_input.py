@@ -134,13 +134,15 @@ def unwritable(user: User) -> list[str]:
     return user.dense("--results", user.folder / "file" / "results")
 
 
-def below_the_current_sparsity(user: User) -> list[str]:
-    """Dense weights, pruned to 80 % by one run, are asked for at 50 % by the next."""
+def below_the_current_sparsity(user: User, **changes: Any) -> list[str]:
+    """Dense weights, pruned to 80 % by one run, are asked for at 50 % by the next, or for what ``changes`` say."""
     settings = {"sparsity": 0.8, "importance": "magnitude", "prune_at": []}
     dense = user.dense_spec()
     compressor = {"name": "obert", "settings": settings}
     pruned = dense | {"compressor": compressor, "training": dense["training"] | {"epochs": 0}}
-    return user.spec(pruned | {"start": pruned, "compressor": compressor | {"settings": settings | {"sparsity": 0.5}}})
+    return user.spec(
+        pruned | {"start": pruned, "compressor": compressor | {"settings": settings | {"sparsity": 0.5} | changes}}
+    )
 
 
 def own_file(name: str, text: str) -> Callable[[User], list[str]]:
@@ -163,6 +165,12 @@ CASES: dict[str, tuple[Callable[[User], list[str]], tuple[str, ...]]] = {
     "negative seed": (lambda user: user.dense(seeds=[0, -3]), ("tiny.yaml", "seeds", "-3", "0 or more")),
     "K as large as the model": (
         lambda user: user.plan("poor_mans_bert", **{"layer_dropping.k": [4]}), ("K=4 is impossible", "has 4 layers"),
+    ),
+    "layer named twice": (
+        lambda user: user.compress("layer_dropping", drop=[2, 2]), ("drop [2, 2] names a layer twice",),
+    ),
+    "frontier task that is not run": (
+        lambda user: user.plan("frontier", **{"frontier.task": "sqaud_v1"}), ("task 'sqaud_v1' is not among those",),
     ),
     "unknown plan": (lambda user: ["dens"], ("'dens' is neither a plan (", "nor a file")),
     "spec that is no JSON": (
@@ -234,6 +242,10 @@ CASES: dict[str, tuple[Callable[[User], list[str]], tuple[str, ...]]] = {
         ("dampening 1e-16 is too small for these gradients",),
     ),
     "sparsity below the current one": (below_the_current_sparsity, ("sparsity 0.5 is below the current one of 0.8",)),
+    "first step below the current sparsity": (
+        lambda user: below_the_current_sparsity(user, prune_at=[0.2, 0.4], first_step=0.5, sparsity=0.9),
+        ("the first step to 0.5 is below the current sparsity of 0.8",),
+    ),
     "fewer examples than gradients need": (
         lambda user: user.compress("obert", sparsity=0.5, gradients=50, gradient_batch=4, prune_at=[]),
         ("50 gradients of 4 examples each, but there are 32 training examples",),

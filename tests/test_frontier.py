@@ -46,6 +46,13 @@ def test_names_of_recipes():
     assert recipe_name(2, 0.474, 0.348) == "2 layers dropped; 53 % heads, 65 % units cut"
 
 
+@pytest.mark.parametrize(("point", "densities"), [((1, 0.5), {"units": 0.5}), ((0.5, 1), {"heads": 0.5})])
+def test_a_point_may_leave_heads_or_units_whole(profile_file, point, densities):
+    study = load_profile(profile_file(**{"frontier.task": "world_sentiment", "frontier.operating_points": [point]}))
+    (recipe,) = [spec for name, spec in plans.recipes(study, 0).items() if "layer" not in name and "cut" in name]
+    assert recipe.compressor.settings["densities"] == densities
+
+
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
     """A tiny profile with two seeds, its frontier's records and timings."""

@@ -188,6 +188,14 @@ def test_masks_are_the_papers_shares_and_depend_on_the_seed_alone(tokenizer):
         masked_features([], tokenizer, 64, 1, 0.15, 0)
 
 
+@pytest.mark.parametrize(("attention", "rate"), [(None, 0.2), (0.0, 0.0)])
+def test_language_model_has_both_dropout_rates(attention, rate):
+    settings = TrainingSettings(epochs=1, batch_size=4, learning_rate=1e-3, max_length=32, dropout=0.2,
+                                attention_dropout=attention)  # fmt: skip
+    layer = load_masked_lm("tiny-bert", 0, settings).bert.encoder.layer[0]
+    assert (layer.output.dropout.p, layer.attention.self.dropout.p) == (0.2, rate)
+
+
 def test_language_model_head_runs_at_masked_positions_alone(tokenizer):
     settings = TrainingSettings(epochs=1, batch_size=4, learning_rate=1e-3, max_length=32)
     model = load_masked_lm("tiny-bert", 0, settings).eval()
