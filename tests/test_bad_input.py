@@ -328,7 +328,7 @@ def test_one_clear_line_and_nothing_lost(case, user, capsys):
     capsys.readouterr()
     code = runs.main(arguments)
     check(code, capsys.readouterr().err, said)
-    assert contents(user.folder / "results") == before
+    assert contents(user.folder / "results").items() >= before.items()  # a finished start leaves its own record too
 
 
 @pytest.mark.parametrize("case", NOTEBOOKS | FROM_INSIDE)
