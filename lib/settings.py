@@ -256,6 +256,7 @@ class ObertSettings(Strict):
     over ``short_epochs`` and ``long_epochs``, the long one in ``prunings`` steps, the first to ``first_step``.
     ``other_tasks`` get every ranking at every sparsity, one-shot pruning and the headline compounds too, the long
     schedule over the epochs given with each.
+    ``batch_sizes`` names tasks that are pruned with other batches than the dense model trains with.
     ``widths`` are those of the Fisher's blocks for single weights and for runs of four. One-shot pruning is measured at
     ``one_shot_sparsities``, split into each of ``recomputations``. ``upstream_task`` lends its text to the language
     model, ``transfer_tasks`` get its pruned encoder. ``compound_layers`` are layers kept. ``cost_weights`` is the slice
@@ -270,6 +271,7 @@ class ObertSettings(Strict):
     sparsities: tuple[Sparsity, ...] = Field(min_length=1)
     short_epochs: PositiveFloat | None  # None leaves the short budget out
     long_epochs: PositiveFloat
+    batch_sizes: dict[str, PositiveInt]
     prunings: PositiveInt
     first_step: Sparsity
     learning_rate: PositiveFloat
@@ -308,8 +310,9 @@ class BlockMovementSettings(Strict):
     ``tasks`` get hybrid pruning, the first at all ``strengths``, the others at the first one; ``variant_task`` the
     other ways to prune, at the first ``variant_strengths``; ``ablation_tasks`` no teacher and other block sizes. A
     strength is lambda and the density of each kind that stays, however strong lambda is. ``block`` is (rows, columns).
-    Epochs are multiples of the task's own. ``score_learning_rates`` names tasks that do not take the paper's 0.01,
-    ``lambda_factors`` tasks whose loss is so small that lambda has to be.
+    Epochs are multiples of the task's own, ``batch_sizes`` those of tasks that are pruned with other ones.
+    ``score_learning_rates`` names tasks that do not take the paper's 0.01, ``lambda_factors`` tasks whose loss is so
+    small that lambda has to be.
     ``struct_attention_lambda`` replaces attention's share of lambda (1) for whole heads. ``shapes`` is how many of the
     published shapes are timed, null all.
     """
@@ -320,6 +323,7 @@ class BlockMovementSettings(Strict):
     block: BlockSize
     epoch_factor: PositiveFloat
     refill_epoch_factor: PositiveFloat
+    batch_sizes: dict[str, PositiveInt]
     score_learning_rates: dict[str, PositiveFloat]
     strengths: tuple[tuple[PositiveFloat, Annotated[float, Field(ge=0, lt=1)]], ...] = Field(min_length=1)
     ffn_lambda: PositiveFloat

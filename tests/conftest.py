@@ -199,8 +199,8 @@ def small_profile(results: Path) -> dict[str, Any]:
         },
         "obert": {
             "task": "world_sentiment", "train_examples": 32, "other_tasks": {}, "sparsities": [0.8], "short_epochs": 1,
-            "long_epochs": 1, "prunings": 3, "first_step": 0.5, "learning_rate": 1e-3, "gradients": 4,
-            "gradient_batch": 4, "widths": [16, 16], "dampening": 1e-7, "one_shot_sparsities": [0.8],
+            "batch_sizes": {}, "long_epochs": 1, "prunings": 3, "first_step": 0.5, "learning_rate": 1e-3,
+            "gradients": 4, "gradient_batch": 4, "widths": [16, 16], "dampening": 1e-7, "one_shot_sparsities": [0.8],
             "recomputations": [1], "upstream_task": "world_sentiment", "transfer_tasks": ["world_sentiment"],
             "upstream_sparsities": [0.8], "upstream_epochs": 1, "upstream_prune_epochs": 1, "transfer_epochs": 1,
             "compound_layers": [2], "compound_sparsities": [0.8], "int8_epochs": 0.5, "cost_weights": 500,
@@ -210,7 +210,8 @@ def small_profile(results: Path) -> dict[str, Any]:
         },
         "block_movement": {
             "tasks": ["world_sentiment"], "variant_task": "world_sentiment", "ablation_tasks": [], "block": [4, 4],
-            "epoch_factor": 1, "refill_epoch_factor": 1, "score_learning_rates": {"world_sentiment": 1.0},
+            "epoch_factor": 1, "refill_epoch_factor": 1, "batch_sizes": {},
+            "score_learning_rates": {"world_sentiment": 1.0},
             "strengths": [[0.01, 0.1]], "lambda_factors": {}, "ffn_lambda": 1, "struct_attention_lambda": 0.1,
             "variant_strengths": 0,
             "densities": [], "block_sizes": [], "large_teacher": None, "translation_tasks": [],

@@ -121,6 +121,7 @@ def test_profiles_plan_the_papers_schedules(profile):
     assert len(long["prune_at"]) == study.obert.prunings and long["rewind_at"] == long["prune_at"]
     assert len(short["prune_at"]) == 13 and short["rewind_at"] == [0.8]
     if profile == "paper":
+        assert pruned(study, 0, 0.9).training.batch_size == 16
         assert [round(30 * moment, 6) for moment in long["prune_at"]] == [2, 6, 10, 14, 18, 22, 26]
         assert [round(10 * moment, 6) for moment in short["prune_at"]] == [2 + half / 2 for half in range(13)]
 

@@ -28,6 +28,7 @@ from lib.specs import (
     dense_spec,
     training_settings,
 )
+from lib.training import TrainingSettings
 
 COPIES = 4  # of a model's weights that an engine may hold while it prepares and runs one, its export included
 CHUNK_BYTES = 12_000_000_000
@@ -67,7 +68,7 @@ def pruned(profile: Profile, task: str, seed: int, method: str, strength: float 
     epochs = settings.epoch_factor * dense.training.epochs
     update: dict[str, Any] = {
         "compressor": CompressorSpec(name="block_movement", settings=choice),
-        "training": training_settings(profile, task, epochs=epochs),
+        "training": _training(profile, task, epochs),
     }
     if method not in WITHOUT_TEACHER:
         large = method == "hybrid-large" and settings.large_teacher
@@ -76,18 +77,23 @@ def pruned(profile: Profile, task: str, seed: int, method: str, strength: float 
     return dense.model_copy(update=update)
 
 
+def _training(profile: Profile, task: str, epochs: float) -> TrainingSettings:
+    sizes = profile.block_movement.batch_sizes
+    return training_settings(profile, task, epochs=epochs, **({"batch_size": sizes[task]} if task in sizes else {}))
+
+
 def filled(profile: Profile, hybrid: TrainSpec) -> TrainSpec:
     """Make a finished hybrid model dense within what it kept, and train it on with the same teacher, without masks."""
     epochs = profile.block_movement.refill_epoch_factor * dense_spec(profile, hybrid.task, hybrid.seed).training.epochs
     compressor = CompressorSpec(name="refill", settings={"seed": hybrid.seed})
-    training = training_settings(profile, hybrid.task, epochs=epochs)
+    training = _training(profile, hybrid.task, epochs)
     return hybrid.model_copy(update={"compressor": compressor, "start": hybrid, "training": training})
 
 
 def distilled_dense(profile: Profile, task: str, seed: int) -> TrainSpec:
     """The fair control: nothing pruned, the same teacher and as many epochs as a hybrid run."""
     dense = dense_spec(profile, task, seed)
-    training = training_settings(profile, task, epochs=profile.block_movement.epoch_factor * dense.training.epochs)
+    training = _training(profile, task, profile.block_movement.epoch_factor * dense.training.epochs)
     return dense.model_copy(update={"distillation": Distillation(), "teacher": dense, "training": training})
 
 

@@ -73,7 +73,8 @@ def _movement(sparsity: float) -> CompressorSpec:
 def _training(profile: Profile, task: str, epochs: float) -> Any:
     settings = profile.obert
     examples = {"train_examples": settings.train_examples} if task == settings.task else {}
-    return training_settings(profile, task, epochs=epochs, learning_rate=settings.learning_rate, **examples)
+    batch = {"batch_size": settings.batch_sizes[task]} if task in settings.batch_sizes else {}
+    return training_settings(profile, task, epochs=epochs, learning_rate=settings.learning_rate, **examples, **batch)
 
 
 def _epochs(profile: Profile, task: str, budget: Budget) -> float:
