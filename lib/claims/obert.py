@@ -29,6 +29,7 @@ class Compound(NamedTuple):
         return float(found["value"].item())
 
 
+COLLAPSED = 20.0  # percent retained; below this a model has learnt next to nothing
 # What the abstract's three numbers stand for.
 COMPOUNDS = {
     "size": Compound("10 × smaller, under 1 % lost", 12, 80, 8, "compression"),
@@ -184,7 +185,9 @@ def _better_than(quality: pd.DataFrame, rival: str, target: float) -> dict[str, 
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
     pairs = ours.merge(other, on=["task", "seed"], suffixes=("", "_rival"))
     gains = pairs["retained"] - pairs["retained_rival"]
+    lost = int((pairs["retained_rival"] < COLLAPSED).sum())
     evidence = f"retained share, {len(pairs)} pairs of the same teacher, epochs and seed"
+    evidence += f"; {lost} of the runs with {rival} collapsed" if lost else ""
     return leads(claim, printed, gains, evidence, seeds_of(pairs))
 
 
