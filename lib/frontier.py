@@ -23,7 +23,7 @@ from lib.plans.frontier import recipes
 from lib.runs import Record, read_record
 from lib.settings import Profile
 from lib.sparse_storage import smallest
-from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
+from lib.specs import EngineQualitySpec, MajoritySpec, TrainSpec, spec_hash
 
 # compressor: (name of the family, its style in lib.figures.METHODS)
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -61,6 +61,17 @@ def family(spec: TrainSpec) -> tuple[str, str]:
     if before is not None and family(before)[0] != own[0]:
         return COMPOUND, "compound"
     return own
+
+
+def is_rival(spec: TrainSpec) -> bool:
+    """Whether a run is a baseline of its paper: another ranking or selection than its own, or nothing removed."""
+    if spec.compressor is None:
+        return False
+    name, settings = spec.compressor.name, spec.compressor.settings
+    if name == "structured":
+        return not any(isinstance(source, TrainSpec) for source in spec.informed_by)  # trained gates choose, or others
+    single = name == "block_movement" and list(settings.get("block", ())) == [1, 1]
+    return single or settings.get("importance") == "magnitude" or (name == "obert" and not settings["sparsity"])
 
 
 def configuration(spec: TrainSpec) -> str:
@@ -103,9 +114,11 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
 
     ``weights kept (%)`` are the encoder layers' weights that are not zero, ``size (MB)`` is the smallest form in which
     the record says the model was stored (``dense (MB)``: the dense model's), ``cost (core-min)`` the training of the
-    whole chain; ``trained`` says whether the run itself trained, or only compressed and measured.
+    whole chain; ``trained`` says whether the run itself trained, or only compressed and measured, ``rival`` whether it
+    is what a paper compares its method with. ``floor`` is what one label for all retains, NaN where there are none.
     """
     by_hash = {record.hash: record for record in records}
+    floors = {record.spec.task: record["score"] for record in records if isinstance(record.spec, MajoritySpec)}
     runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
     dense = {(s.task, s.seed): record for s, record in runs if s.compressor is None and s.start is None}
     rows = []
@@ -121,8 +134,10 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
             "weights kept (%)": 100 * _weights(record) / base["model"]["layer_parameters"],
             "size (MB)": _bytes(record) / 1e6, "dense (MB)": _bytes(base) / 1e6,
             "cost (core-min)": training_cost(record, by_hash) / 60, "trained": spec.training.epochs > 0,
+            "rival": is_rival(spec), "floor": 100 * floors.get(spec.task, np.nan) / base["score"],
         })  # fmt: skip
-    about = ["hash", "configuration", "task", "title", "seed", "family", "style", "trained", "score", "retained"]
+    about = ["hash", "configuration", "task", "title", "seed", "family", "style", "trained", "rival", "floor", "score",
+             "retained"]  # fmt: skip
     return pd.DataFrame(rows, columns=[*about, *NUMBERS])
 
 
@@ -147,8 +162,10 @@ def by_configuration(frame: pd.DataFrame) -> pd.DataFrame:
     for _, group in frame.groupby(["task", "configuration"], sort=False):
         found = bootstrap_interval(group["retained"])
         first = group.iloc[0]
-        numbers = {name: group[name].mean() for name in ("score", *NUMBERS)}
-        about = {name: first[name] for name in ("task", "configuration", "title", "family", "style", "trained")}
+        numbers = {name: group[name].mean() for name in ("score", "floor", *NUMBERS)}
+        about = {
+            name: first[name] for name in ("task", "configuration", "title", "family", "style", "trained", "rival")
+        }
         rows.append({**about, **numbers, "retained": found.mean,
                      "low": found.low, "high": found.high, "n": found.n})  # fmt: skip
     return pd.DataFrame(rows)
@@ -203,8 +220,13 @@ def recipe_means(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
-    """For every loss (percent of the dense score) that one accepts: the fastest recipe, on each engine and on any."""
+    """For every loss (percent of the dense score) that one accepts: the fastest recipe, on each engine and on any.
+
+    ``speed ×`` refers to the reference engine, ``× dense there`` to the dense model on the row's own engine; in the
+    rows for any engine, to the dense model on its fastest.
+    """
     rows = []
+    dense = means[means["recipe"] == "dense"].set_index("engine")["speed"]
     for loss in losses:
         good = means[(means["retained"] >= 100 - loss) & means["speed"].notna()]
         for engine in [*dict.fromkeys(means["engine"]), "any"]:
@@ -215,10 +237,22 @@ def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
             best = there.sort_values("speed").iloc[-1]
             rows.append({
                 "loss accepted (%)": loss, "engine": engine if engine != "any" else f"any: {best['engine']}",
-                "take": best["recipe"], "speed ×": best["speed"], "ms": best["ms"], "retained (%)": best["retained"],
+                "take": best["recipe"], "speed ×": best["speed"],
+                "× dense there": best["speed"] / (dense.max() if engine == "any" else dense.get(engine, np.nan)),
+                "ms": best["ms"], "retained (%)": best["retained"],
                 "size (MB)": best["size (MB)"], "n": best["n"],
             })  # fmt: skip
-    columns = ["loss accepted (%)", "engine", "take", "speed ×", "ms", "retained (%)", "size (MB)", "n"]
+    columns = [
+        "loss accepted (%)",
+        "engine",
+        "take",
+        "speed ×",
+        "× dense there",
+        "ms",
+        "retained (%)",
+        "size (MB)",
+        "n",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 

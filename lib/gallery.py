@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 
+from lib.claims import NOT_CLAIMED
 from lib.config import ROOT, StudyError
 from lib.data import TASKS
 from lib.files import write_atomically
@@ -164,8 +165,9 @@ def numbers(results: Path, notebooks: Path = ROOT / "notebooks") -> str:
         lines.append(f"% tables/{name}.csv")
         prefix = camel(f"{titles.get(name[:2], name[:2])} {name[3:]}")
         lines += [_macro(prefix + where, text) for where, text in _cells(header, rows)]
-        if "verdict" in header:
-            verdicts.update(row[header.index("verdict")].partition(" (")[0] for row in rows)
+        if "verdict" in header and "paper" not in header:  # the table of all papers would count each twice
+            claimed = [row for row in rows if not row[header.index("claim")].endswith(NOT_CLAIMED)]
+            verdicts.update(re.split(r" \(|:", row[header.index("verdict")])[0] for row in claimed)
     lines += [_macro(f"{camel('claims that')}{camel(word)}", str(count)) for word, count in sorted(verdicts.items())]
     return "\n".join(_unique(lines)) + "\n"
 

@@ -691,6 +691,7 @@ def scores(**retained: float) -> pd.DataFrame:
     for task in ("sst2", "mrpc", "rte"):
         for seed in (0, 1):
             about = {"task": task, "title": TASKS[task].title, "seed": seed}
+            about |= {"floor": 60.0, "informative": True}
             rows.append(about | {"configuration": "dense", "variant": "dense", "score": 80.0, "retained": 100.0})
             for key, value in retained.items():
                 name, _, variant = key.partition("_")
@@ -724,6 +725,18 @@ def test_verdicts_follow_the_numbers():
         "The first stage is": "holds",
         "The teacher helps in": "does not hold here",
     }
+    dull = rows.assign(informative=rows["task"] == "rte")
+    judged = claims_of.verdicts(dull, timed(0.8, 1.2)).set_index("claim")
+    kept = judged.loc["KroneckerBERT21 retains more than 99 % on most GLUE tasks"]
+    assert kept["ours"] == "0 of 1 tasks" and kept["evidence"].endswith("close to one label for all: SST-2, MRPC")
+    useless = rows.assign(floor=75.0)
+    row = claims_of.verdicts(useless, timed(0.8, 1.2)).set_index("claim").loc["The first stage is worth much"]
+    assert row["evidence"].endswith("without it 6 of 6 do no better than one label for all")
+    mixed = timed(0.8, 1.2)
+    mixed.loc[mixed["engine"] == "e1", "ratio_to_dense"] = [1.0, 1.1, 0.9]
+    both = claims_of.verdicts(rows, mixed).set_index("claim")["verdict"]
+    assert both["KroneckerBERT8 is slower than BERT-base"] == "holds in part"
+    assert both["KroneckerBERT19 is faster than BERT-base on a CPU"] == "holds in part"
     other = claims_of.verdicts(rows, timed(1.1, 0.9)).set_index("claim")["verdict"]
     assert other["KroneckerBERT8 is slower than BERT-base"] == "does not hold here"
     assert other["KroneckerBERT19 is faster than BERT-base on a CPU"] == "does not hold here"

@@ -1,5 +1,6 @@
 """Figures of single papers from hand-made frames: uneven records neither stop them nor bend what they show."""
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -69,8 +70,9 @@ def models(*rows: tuple[str, str, float, float, bool]) -> pd.DataFrame:
     families = {"top": "Poor Man's BERT", "obert": "oBERT", "l0": "Structured pruning"}
     return pd.DataFrame([
         {"task": task, "title": task.upper(), "family": families[style], "style": style, "trained": trained,
-         "weights kept (%)": kept, "size (MB)": 20 + kept, "dense (MB)": 120.0, "cost (core-min)": 1.0 + index,
-         "retained": retained, "low": retained - 1, "high": retained + 1 if trained else float("nan"), "n": 2}
+         "rival": False, "floor": math.nan, "weights kept (%)": kept, "size (MB)": 20 + kept, "dense (MB)": 120.0,
+         "cost (core-min)": 1.0 + index, "retained": retained, "low": retained - 1,
+         "high": retained + 1 if trained else math.nan, "n": 2}
         for index, (task, style, kept, retained, trained) in enumerate(rows)
     ])  # fmt: skip
 
@@ -91,6 +93,15 @@ def test_a_front_holds_what_nothing_of_its_method_and_task_beats(cost):
     assert ("Dense" in [text.get_text() for text in fig.legends[0].texts]) is (cost == "size (MB)")
     assert frontier_plots.below_floor(rows).startswith("2 of 7 models keep less than 50 % and are not drawn, 1 of them")
     assert frontier_plots.below_floor(rows[:4]) == ""
+
+
+def test_neither_baselines_nor_one_label_for_all_are_on_a_front():
+    """The best model of A is a rival; of B's two that are left, one retains what one label for all does."""
+    points = MODELS.assign(rival=[False, False, True] + 4 * [False], floor=[math.nan] * 4 + [94.8] * 3)
+    fig, rows = frontier_plots.quality_against(points, "weights kept (%)")
+    assert rows.index[rows["front"]].tolist() == [0, 3]
+    dotted = [line.get_ydata()[0] for ax in fig.axes for line in ax.lines if line.get_linestyle() == ":"]
+    assert dotted == [94.8] and "one label for all" in [text.get_text() for text in fig.legends[0].texts]
 
 
 def test_methods_that_only_cut_are_named():

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.analysis import of_same_seed, training_runs
+from lib.analysis import of_same_seed, training_runs, uninformative
 from lib.data import TASKS
 from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
 from lib.models import ARCHITECTURES
@@ -13,7 +13,7 @@ from lib.plans.kronecker import encoder_shapes, variant_of
 from lib.published import published
 from lib.runs import Record
 from lib.settings import Profile
-from lib.specs import FactorisationSpec, TextDistillationSpec, TrainSpec
+from lib.specs import FactorisationSpec, MajoritySpec, TextDistillationSpec, TrainSpec
 
 DENSE = "dense"
 NAMES = {"kron8": "KroneckerBERT8", "kron19": "KroneckerBERT19", "kron21": "KroneckerBERT21"}
@@ -53,12 +53,13 @@ def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame
 
     ``configuration`` is "dense" or a name in ``PUBLISHED``, ``variant`` one of ``VARIANT_NAMES`` ("dense" without a
     compressor). ``retained`` is the score as a share (percent) of the dense score of the same task and seed; NaN
-    without one. ``ratio`` is how many times smaller the encoder is, its pooler included where it has one.
+    without one. ``ratio`` is how many times smaller the encoder is, its pooler included where it has one. ``floor`` is
+    the score of one label for all where ``records`` hold it, ``informative`` as in ``analysis.uninformative``.
 
     Raises:
         StudyError: no run is finished.
     """
-    names, rows = configuration_names(profile), []
+    names, rows, records = configuration_names(profile), [], list(records)
     for record in training_runs(records):
         spec: Any = record.spec
         rows.append({
@@ -71,6 +72,9 @@ def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame
     frame = pd.DataFrame(rows)
     dense = frame[frame["configuration"] == DENSE].set_index(["task", "seed"])["score"]
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
+    floors = {record.spec.task: record["score"] for record in records if isinstance(record.spec, MajoritySpec)}
+    frame["floor"] = frame["task"].map(floors).astype(float)
+    frame["informative"] = ~frame["task"].isin(uninformative(records))
     return frame
 
 

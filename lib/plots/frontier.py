@@ -10,6 +10,7 @@ from lib import figures, frontier
 from lib.analysis.frontier import KEPT, published_curves
 
 FLOOR = 50.0  # percent of the dense score: what keeps less is of no use to anyone, and is counted instead of drawn
+ONE_LABEL = "one label for all"
 COST_NAMES = {
     KEPT: "encoder-layer weights kept (%)",
     "size (MB)": "size on disk (MB)",
@@ -19,6 +20,8 @@ COST_NAMES = {
 
 def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFrame]:
     """Retained share against a cost, a panel per task: each family's Pareto front solid, its other models faint.
+
+    A paper's baselines, and what does no better than one label for all, are on no front.
 
     Args:
         points: of ``frontier.by_configuration``.
@@ -34,7 +37,7 @@ def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFra
     for ax, title in zip(axes, by_methods.index, strict=False):
         here = rows[rows["title"] == title]
         for (name, style), part in here.groupby(["family", "style"], sort=False):
-            best = frontier.pareto(part, cost, "retained")
+            best = frontier.pareto(eligible(part), cost, "retained")
             rows.loc[best.index, "front"] = True
             _family(ax, part, best, cost, str(style), str(name))
         if cost == "size (MB)":
@@ -48,10 +51,17 @@ def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFra
         if cost == KEPT:
             ax.set_xlim(0, 104)
         figures.retained_line(ax, 100)
-    highest = rows.loc[rows["front"], "retained"].max()
+        if here["floor"].notna().any():
+            ax.axhline(here["floor"].mean(), color=figures.GREY, linewidth=0.8, linestyle=":", label=ONE_LABEL)
+    highest = rows.loc[rows["front"], ["retained", "high"]].max().max()
     axes[0].set_ylim(FLOOR, max(104.0, np.nan_to_num(highest) + 2))
     figures.name_axes(fig, COST_NAMES[cost], "score retained (%)")
     return fig, rows
+
+
+def eligible(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that may be on a front: the method itself, and better than one label for all."""
+    return rows[~rows["rival"] & ~(rows["retained"] <= rows["floor"] + 0.5)]
 
 
 def _family(ax: Axes, part: pd.DataFrame, best: pd.DataFrame, cost: str, style: str, name: str) -> None:
@@ -87,7 +97,9 @@ def beside_published(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     fig, ax = figures.new_figure("page", height=2.9)
     drawn = []
     for (name, style), part in points.groupby(["family", "style"], sort=False):
-        front = frontier.pareto(part, KEPT, "retained")
+        front = frontier.pareto(eligible(part), KEPT, "retained")
+        if front.empty:
+            continue
         _family(ax, front, front, KEPT, str(style), str(name))
         drawn.append(front.assign(data="ours", published=False))
     for style, part in theirs.groupby("style", sort=False):
