@@ -16,6 +16,19 @@ class Interval(NamedTuple):
     n: int
 
 
+def t_interval(values: ArrayLike) -> Interval:
+    """Mean and 95 % Student t interval of ``values`` (NaN are left out): what decides between two methods.
+
+    Of two or three values a bootstrap gives hardly more than their range, and would call any shared sign a difference.
+    """
+    sample = np.asarray(values, dtype=float).ravel()
+    sample = sample[~np.isnan(sample)]
+    if sample.size < 2:
+        return bootstrap_interval(sample)
+    mean, half = float(sample.mean()), float(stats.t.ppf(0.975, sample.size - 1) * stats.sem(sample))
+    return Interval(mean, mean - half, mean + half, sample.size)
+
+
 def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 9999) -> Interval:
     """Mean and 95 % percentile-bootstrap interval of ``values`` (NaN are left out).
 

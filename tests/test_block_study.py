@@ -318,7 +318,7 @@ def made(**rows: Any) -> pd.DataFrame:
     frame = pd.DataFrame([
         {"hash": f"{name}{seed}", "task": "world_sentiment", "title": "World sentiment", "seed": seed,
          "method": name.replace("_", "-"), "strength": 10.0, "block": "4 × 4", "retained": retained + 0.1 * seed,
-         "score": retained, "density": density, "stored": stored}
+         "score": retained, "density": density, "stored": stored, "constant": False}
         for name, (retained, density, stored) in rows.items() for seed in (0, 1)
     ])  # fmt: skip
     return frame
@@ -340,6 +340,29 @@ def test_verdicts_follow_the_numbers():
     assert list(found.values())[1:7] == ["does not hold here"] * 6
     nothing = list(verdicts(frames.block_frame([]), pd.DataFrame()).values())
     assert nothing[0] == "holds" and set(nothing[1:]) == {"not testable here"}
+
+
+def test_models_that_give_one_answer_are_not_compared():
+    frame = made(dense=(100, 100, 100), hybrid=(90, 18, 26), movement=(88, 20, 99))
+    claim = "Single weights (movement) keep a little more than hybrid blocks"
+    for lost, ours, evidence in (
+        (1, "-2.0 points, a single pair", "1 of 2 models of the rival give one answer for all"),
+        (2, "nothing to compare", "2 of 2 models of the rival give one answer for all"),
+    ):
+        frame["constant"] = (frame["method"] == "movement") & (frame["seed"] < lost)
+        row = claims_of.verdicts("world_sentiment", frame, pd.DataFrame()).set_index("claim").loc[claim]
+        assert row["ours"] == ours and row["evidence"].endswith(
+            f"{lost} of 2 models of the rival give one answer for all"
+        )
+
+
+def test_pairs_of_other_density_say_so():
+    far = made(dense=(100, 100, 100), hybrid=(97, 18, 26), struct=(95, 40, 40), hybrid_alone=(95, 40, 50))
+    table = claims_of.verdicts("world_sentiment", far, pd.DataFrame()).set_index("claim")["ours"]
+    assert table["Small blocks keep more than whole heads, at the same density"].endswith(
+        "differ by 22 points at least"
+    )
+    assert table["A teacher helps"] == "not run yet"
 
 
 def test_a_model_that_is_not_small_enough_proves_nothing():
@@ -372,8 +395,9 @@ def test_a_compressor_for_a_model_that_is_not_timed_is_refused(study):
 @pytest.mark.parametrize(
     ("leads", "word"),
     [
-        ([1.0, 2.0, 3.0], "holds"),
-        ([-1.0, -2.0, -3.0], "does not hold here"),
+        ([1.5, 2.0, 2.5], "holds"),
+        ([1.0, 2.0, 3.0], "cannot tell: the interval holds zero"),
+        ([-1.5, -2.0, -2.5], "does not hold here"),
         ([-3.1, 0.2, 4.4], "cannot tell: the interval holds zero"),
         ([4.4], "too few seeds to tell (n = 1)"),
     ],

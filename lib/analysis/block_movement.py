@@ -16,7 +16,7 @@ from lib.specs import TrainSpec, TranslationSpec
 
 AnySpec = TrainSpec | TranslationSpec
 COLUMNS = ["hash", "task", "title", "seed", "method", "strength", "block", "density", "stored", "heads", "units",
-           "score", "size_bytes", "train_s"]  # fmt: skip
+           "score", "size_bytes", "train_s", "constant"]  # fmt: skip
 
 
 def method_of(spec: AnySpec) -> str:
@@ -57,7 +57,7 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
 
     ``density`` and ``stored`` are percent of the dense model's linear weights: non-zero, and left after removal.
     ``retained`` is the score as a share (percent) of the dense score of the same task and seed, NaN without one or
-    where it is 0. Empty when no run is finished.
+    where it is 0. ``constant`` models answer the same whatever is asked. Empty when no run is finished.
     """
     rows = []
     for record in records:
@@ -73,6 +73,7 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
             "units": sum(summary["units"]) if "units" in summary else np.nan,
             "score": record["score"], "size_bytes": record["model"]["size_bytes"],
             "train_s": record.result.get("training", {}).get("seconds", 0.0),
+            "constant": bool(record.result.get("constant_prediction")),
         })  # fmt: skip
     frame = pd.DataFrame(rows, columns=COLUMNS)
     dense = frame[frame["method"] == "dense"].set_index(["task", "seed"])["score"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lib.intervals import Interval, bootstrap_interval
+from lib.intervals import Interval, t_interval
 
 SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
@@ -47,11 +47,11 @@ def leads(claim: str, printed: str, by: pd.Series, evidence: str, seeds: int, un
     """Verdict on a claim that one method is better than another; an interval that holds zero decides nothing.
 
     Args:
-        by: how much better, one value for each pair of runs; its mean is judged, its interval shown.
+        by: how much better, one value for each pair of runs; its mean is judged, with its 95 % Student t interval.
         seeds: among the pairs (``seeds_of``).
         unit: what ``by`` is in, as the reader sees it.
     """
-    found = bootstrap_interval(by)
+    found = t_interval(by)
     row = verdict(claim, "quality", printed, signed(found, unit), bool(found.mean > 0), evidence, seeds)
     if seeds >= ENOUGH_SEEDS and found.low < 0 < found.high:
         row["verdict"] = "cannot tell: the interval holds zero"

@@ -116,9 +116,13 @@ def _best(frame: pd.DataFrame, kind: str, others: Sequence[str]) -> dict[str, st
     if table.empty or "l0" not in table or table.shape[1] < 2:
         return verdict(claim, "quality", "best at every density", NOT_RUN, None, "")
     rival = table.drop(columns="l0").mean().idxmax()
-    evidence = f"retained share without retraining against {rival}, paired over {len(table)} (density, seed)"
+    densities, every = table.index.unique("density"), rows["density"].nunique()
+    evidence = f"retained share without retraining against {rival}, the best of the others, paired over {len(table)} "
+    evidence += f"(density, seed) at {len(densities)} of {every} densities"
+    waiting = [name for name in others if name not in table]
+    evidence += f"; not run: {', '.join(waiting)}" if waiting else ""
     gains = table["l0"] - table[rival]
-    return leads(claim, "best at every density", gains, evidence, int(rows["seed"].nunique()))
+    return leads(claim, "best at every density", gains, evidence, table.index.unique("seed").size)
 
 
 def _embedding(frame: pd.DataFrame) -> dict[str, str]:
