@@ -292,10 +292,14 @@ def ensure_weights(profile: Profile, spec: Spec, folder: Path, run: Callable[[],
     Raises:
         StudyError: what was trained again is another model than the recorded one.
     """
-    if distributed.agree(folder.is_dir()):
+
+    def there() -> bool:  # weights without a record are those of a run that was cut off between the two
+        return distributed.agree(folder.is_dir() and record_path(profile, spec).exists())
+
+    if there():
         return
     with hold_lock(profile, spec):
-        if not distributed.agree(folder.is_dir()):
+        if not there():
             if distributed.agree(cached(profile, spec) is not None):
                 _same_as_recorded(profile, spec, run(), folder)
             else:

@@ -463,6 +463,16 @@ def test_a_model_trained_to_begin_with_leaves_its_record(profile, monkeypatch):
     assert record.spec == dense and record["training"]["steps"] and record.seconds > 0
 
 
+def test_weights_without_a_record_are_trained_again_for_it(profile):
+    """A run that was killed between its weights and its record: another run's start is a finished run all the same."""
+    dense = dense_spec(profile, "world_sentiment", 0)
+    experiments.finished_model(profile, dense)
+    before = read_record(record_path(profile, dense))
+    record_path(profile, dense).unlink()
+    experiments.finished_model(profile, dense)
+    assert read_record(record_path(profile, dense))["score"] == before["score"]
+
+
 @pytest.mark.parametrize("points", [-5.0, -1.0, 1.0, 5.0])
 def test_weights_trained_again_must_be_the_recorded_model(profile, monkeypatch, points):
     """A record that travelled without its weights: retraining may round differently, but not end elsewhere."""
@@ -518,6 +528,8 @@ def test_weights_are_not_trained_while_their_record_is_computed(profile, monkeyp
         time.sleep(0.3)
         assert not waiting.done()
         experiments.weights_folder(profile, spec).mkdir(parents=True)
+        finished = record(spec, score=1.0).model_dump(mode="json")
+        files.write_atomically(record_path(profile, spec), json.dumps(finished))
     assert waiting.result(30) == experiments.weights_folder(profile, spec)
 
 
