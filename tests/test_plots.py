@@ -130,6 +130,9 @@ def test_the_recipes_on_the_front_are_named():
     means = pd.DataFrame(rows, columns=["recipe", "engine", "speed", "retained"]).assign(low=95.0, high=float("nan"))
     fig = frontier_plots.recipes_on_engines(means, ((10, 98.0),), "speed")
     assert sorted(text.get_text() for text in fig.axes[0].texts) == ["dense", "small"]
+    (front,) = [line for line in fig.axes[0].lines if line.get_label() == "Pareto front"]
+    assert front.get_xydata().tolist() == [[6, 97], [3, 100]]
+    assert front.get_drawstyle() == "steps-post", "between three and six times faster 97 % is what one can have"
 
 
 def test_the_shown_task_has_pruned_runs_beside_a_dense_one():
