@@ -230,7 +230,9 @@ def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     if not distributed.is_main():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
+    for abandoned in folder.parent.glob(f".saving-{folder.name}-*"):  # by a run that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".saving-{folder.name}-"))
     try:
         save_compressed(model, tokenizer, temporary)
         shutil.rmtree(folder, ignore_errors=True)

@@ -48,7 +48,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     the first counts.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".saving-"))
+    for abandoned in folder.parent.glob(f".saving-{folder.name}-*"):  # by a run that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".saving-{folder.name}-"))
     try:
         yield temporary
         if distributed.is_main():
