@@ -5,7 +5,6 @@ Every function takes a spec and the profile (which says only where data and resu
 """
 
 import shutil
-import tempfile
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from lib.config import StudyError
 from lib.data import encoder_task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import evaluate_model
+from lib.files import whole_folder
 from lib.fisher_speed import fisher_cost
 from lib.labels import label
 from lib.metrics import score
@@ -226,19 +226,10 @@ def _distiller(spec: TrainSpec, profile: Profile, student: PreTrainedModel) -> D
 
 
 def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save under a temporary name and rename, so that a folder that exists is whole."""
-    if not distributed.is_main():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(f".saving-{folder.name}-*"):  # by a run that was killed
-        shutil.rmtree(abandoned, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".saving-{folder.name}-"))
-    try:
-        save_compressed(model, tokenizer, temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Save so that a folder that exists is whole."""
+    if distributed.is_main():
+        with whole_folder(folder) as temporary:
+            save_compressed(model, tokenizer, temporary)
 
 
 def run_importance(spec: ImportanceSpec, profile: Profile) -> dict[str, Any]:

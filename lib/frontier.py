@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lib.analysis import one_label_scores
 from lib.claims import NOT_CLAIMED
 from lib.config import StudyError
 from lib.data import TASKS
@@ -23,7 +24,7 @@ from lib.plans.frontier import recipes
 from lib.runs import Record, read_record
 from lib.settings import Profile
 from lib.sparse_storage import smallest
-from lib.specs import EngineQualitySpec, MajoritySpec, TrainSpec, spec_hash
+from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
 
 # compressor: (name of the family, its style in lib.figures.METHODS)
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -118,7 +119,7 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
     is what a paper compares its method with. ``floor`` is what one label for all retains, NaN where there are none.
     """
     by_hash = {record.hash: record for record in records}
-    floors = {record.spec.task: record["score"] for record in records if isinstance(record.spec, MajoritySpec)}
+    floors = one_label_scores(records)
     runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
     dense = {(s.task, s.seed): record for s, record in runs if s.compressor is None and s.start is None}
     rows = []
@@ -242,17 +243,8 @@ def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
                 "ms": best["ms"], "retained (%)": best["retained"],
                 "size (MB)": best["size (MB)"], "n": best["n"],
             })  # fmt: skip
-    columns = [
-        "loss accepted (%)",
-        "engine",
-        "take",
-        "speed ×",
-        "× dense there",
-        "ms",
-        "retained (%)",
-        "size (MB)",
-        "n",
-    ]
+    columns = ["loss accepted (%)", "engine", "take", "speed ×", "× dense there", "ms", "retained (%)", "size (MB)",
+               "n"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 
 

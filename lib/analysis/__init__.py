@@ -30,20 +30,26 @@ def training_runs(records: Iterable[Record]) -> list[Record]:
     return found
 
 
+def one_label_scores(records: Iterable[Record]) -> dict[str, float]:
+    """Task -> score (percent) of always giving the most frequent label, of the tasks whose record is here."""
+    return {record.spec.task: record["score"] for record in records if isinstance(record.spec, MajoritySpec)}
+
+
 def uninformative(records: Iterable[Record]) -> set[str]:
     """Tasks whose dense score, mean over seeds, lies less than ``MARGIN`` above always giving the most frequent label.
 
     Whatever one does to such a model, nearly all of its score remains. ``records`` hold the dense runs and the floors.
     """
-    floors: dict[str, float] = {}
-    dense: dict[str, list[float]] = {}
+    records, dense = list(records), dict[str, list[float]]()
     for record in records:
         spec = record.spec
-        if isinstance(spec, MajoritySpec):
-            floors[spec.task] = record["score"]
-        elif isinstance(spec, TrainSpec) and spec.compressor is None and spec.start is None and spec.teacher is None:
+        if isinstance(spec, TrainSpec) and spec.compressor is None and spec.start is None and spec.teacher is None:
             dense.setdefault(spec.task, []).append(record["score"])
-    return {task for task, floor in floors.items() if task in dense and np.mean(dense[task]) - floor < MARGIN}
+    return {
+        task
+        for task, floor in one_label_scores(records).items()
+        if task in dense and np.mean(dense[task]) - floor < MARGIN
+    }
 
 
 def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.analysis import of_same_seed, training_runs, uninformative
+from lib.analysis import of_same_seed, one_label_scores, training_runs, uninformative
 from lib.data import TASKS
 from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
 from lib.models import ARCHITECTURES
@@ -13,7 +13,7 @@ from lib.plans.kronecker import encoder_shapes, variant_of
 from lib.published import published
 from lib.runs import Record
 from lib.settings import Profile
-from lib.specs import FactorisationSpec, MajoritySpec, TextDistillationSpec, TrainSpec
+from lib.specs import FactorisationSpec, TextDistillationSpec, TrainSpec
 
 DENSE = "dense"
 NAMES = {"kron8": "KroneckerBERT8", "kron19": "KroneckerBERT19", "kron21": "KroneckerBERT21"}
@@ -72,8 +72,7 @@ def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame
     frame = pd.DataFrame(rows)
     dense = frame[frame["configuration"] == DENSE].set_index(["task", "seed"])["score"]
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
-    floors = {record.spec.task: record["score"] for record in records if isinstance(record.spec, MajoritySpec)}
-    frame["floor"] = frame["task"].map(floors).astype(float)
+    frame["floor"] = frame["task"].map(one_label_scores(records)).astype(float)
     frame["informative"] = ~frame["task"].isin(uninformative(records))
     return frame
 

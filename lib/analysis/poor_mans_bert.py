@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from lib.analysis import of_same_seed, uninformative
+from lib.analysis import of_same_seed, one_label_scores, uninformative
 from lib.config import StudyError
 from lib.data import TASKS
 from lib.runs import Record
-from lib.specs import ContributionSpec, MajoritySpec, TrainSpec
+from lib.specs import ContributionSpec, TrainSpec
 
 PROCEDURES = {
     "dense": "dense",
@@ -39,11 +39,9 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
     ``informative`` unless it is among ``analysis.uninformative``.
     """
     records = list(records)
-    rows, floors = [], {}
+    rows = []
     for record in records:
         spec = record.spec
-        if isinstance(spec, MajoritySpec):
-            floors[spec.task] = record["score"]
         if not isinstance(spec, TrainSpec):
             continue
         training = record.result.get("training", {})
@@ -61,7 +59,7 @@ def quality_frame(records: Iterable[Record]) -> pd.DataFrame:
     dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["score"]
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
     frame["k"] = frame["drop"].map(len)
-    frame["floor"] = frame["task"].map(floors).astype(float)
+    frame["floor"] = frame["task"].map(one_label_scores(records)).astype(float)
     frame["informative"] = ~frame["task"].isin(uninformative(records))
     return frame
 
