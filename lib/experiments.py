@@ -287,12 +287,21 @@ def run_contribution(spec: ContributionSpec, profile: Profile) -> dict[str, Any]
 def run_majority(spec: MajoritySpec, profile: Profile) -> dict[str, Any]:
     """Scores (percent) on the validation split of always answering the most frequent training label.
 
+    Where questions may have no answer, the answer is none to all of them.
+
     Raises:
-        StudyError: the task is not a classification.
+        StudyError: the task has no such answer.
     """
-    if get_task(spec.task).kind != "classification":
-        raise StudyError(f"majority: task '{spec.task}' has no labels to count; give a classification task")
+    task = get_task(spec.task)
+    if task.kind != "classification" and not task.unanswerable:
+        raise StudyError(
+            f"majority: task '{spec.task}' has no labels to count and no question without an answer; "
+            "give a classification task or one like SQuAD 2.0"
+        )
     data = load_task(spec.task, spec.data, profile.data_dir)
+    if task.unanswerable:
+        questions = data["validation"]
+        return {"label": "", **score(spec.task, dict.fromkeys(questions["id"], ""), questions)}
     counts = Counter(data["train"]["label"])
     answer = min(counts, key=lambda value: (-counts[value], value))
     references = data["validation"]["label"]

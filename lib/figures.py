@@ -2,11 +2,13 @@
 
 A figure is saved as PDF, SVG and PNG together with the plotted rows (CSV) and its caption, and is byte-stable: the
 same data gives the same files, so a diff means that results changed. Every method has one colour and marker
-everywhere (Okabe-Ito without yellow; dense is black); ours is filled, published hollow.
+everywhere (Okabe-Ito without yellow, with more greens for the variants of one paper; dense is black); ours is filled,
+published hollow.
 """
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ SIZES = {"column": (3.25, 2.3), "page": (5.5, 2.6)}  # inches
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
+DARK_GREEN, LIGHT_GREEN, OLIVE = "#00543D", "#6FCBAE", "#8A8F1F"  # the variants of one paper, in one figure
 
 # method: (colour, marker, name in legends). Methods that share a colour never share a marker; the first of each paper
 # is the one that the overview figures show, and those differ in colour.
@@ -47,13 +50,13 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "movement": (SKY, "X", "Movement"),
     # block movement pruning
     "hybrid": (GREEN, "h", "Hybrid"),
-    "hybrid-filled": (GREEN, ">", "Hybrid filled"),
-    "block": (GREEN, "X", "Blocks everywhere"),
-    "struct": (GREEN, "d", "Whole heads"),
+    "hybrid-filled": (DARK_GREEN, ">", "Hybrid filled"),
+    "block": (LIGHT_GREEN, "X", "Blocks everywhere"),
+    "struct": (OLIVE, "d", "Whole heads"),
     "hybrid-top-k": (GREEN, "*", "Hybrid, best k"),
     "hybrid-alone": (GREEN, "v", "Hybrid, no teacher"),
     "hybrid-large": (GREEN, "p", "Hybrid, large teacher"),
-    "hybrid-large-filled": (GREEN, "<", "Hybrid filled, large teacher"),
+    "hybrid-large-filled": (DARK_GREEN, "<", "Hybrid filled, large teacher"),
     "dense-distilled": (BLACK, "D", "Dense, distilled"),
     # Poor Man's BERT: which layers are dropped
     "top": (VERMILION, "o", "Top"),
@@ -232,6 +235,63 @@ def band_plot(
     drawn.insert(0, "method", method)
     drawn.insert(1, "published", published)
     return drawn
+
+
+def speed_line(ax: Axes, at: Sequence[float] | pd.Series, rows: pd.DataFrame, engine: str, shift: float = 0.0) -> None:
+    """Times faster than dense at ``at``: median over rounds with quartiles as a bar, in the engine's style.
+
+    Args:
+        rows: of ``analysis.latency_frame``, one engine, in the order of ``at``.
+        shift: in units of x, moves what is drawn aside so that the bars of several engines can be told apart.
+    """
+    medians = rows["ratio_to_dense"].to_numpy()
+    bars = np.abs(rows[["ratio_q1", "ratio_q3"]].to_numpy().T - medians)
+    ax.errorbar(np.asarray(at, dtype=float) + shift, medians, bars, capsize=1.5, elinewidth=0.7, **style_of(engine))
+
+
+def density_over_training(
+    axes: Sequence[Axes],
+    histograms: Sequence[tuple[np.ndarray, Sequence[float], Sequence[float]]],
+    cmap: str,
+    label: str,
+) -> list[pd.DataFrame]:
+    """How a distribution moves while training: one panel for each histogram, one colour scale and y range for all.
+
+    Colour is percent *per unit of y*, since bins differ in width; the y axis ends with the bins that ever hold half a
+    percent. ``label`` names the colour bar.
+
+    Args:
+        histograms: for each panel counts (points, bins), progress of each point (0 to 1) and the edges of the bins.
+            Outer bins hold all that is beyond, and are drawn as wide as their neighbours.
+
+    Returns:
+        For each panel what is drawn: columns progress, from, to (the edges) and "per unit (%)".
+    """
+    shown, used, drawn = [], [], []
+    for counts, _, edges in histograms:
+        inner = np.array(edges, dtype=float)
+        inner[0], inner[-1] = 2 * inner[1] - inner[2], 2 * inner[-2] - inner[-3]
+        share = 100 * counts / counts.sum(1, keepdims=True)
+        shown.append((share / np.diff(inner), inner))
+        full = np.flatnonzero(share.max(0) >= 0.5)
+        used += [inner[full[0]], inner[full[-1] + 1]]
+    top = max(float(np.quantile(density, 0.99)) for density, _ in shown)
+    for ax, (density, inner), (_, progress, _) in zip(axes, shown, histograms, strict=True):
+        mesh = ax.pcolormesh(cell_edges(progress), inner, density.T, cmap=cmap, vmin=0, vmax=top)
+        ax.set(xlabel="progress of training", ylim=(min(used), max(used)))
+        ax.grid(visible=False)
+        table = pd.DataFrame(density, index=pd.Index(progress, name="progress")).reset_index()
+        table = table.melt("progress", var_name="bin", value_name="per unit (%)")
+        bins = table.pop("bin").astype(int)
+        drawn.append(table.assign(**{"from": inner[bins], "to": inner[bins + 1]}))
+    axes[0].figure.colorbar(mesh, ax=list(axes), label=label, extend="max")
+    return drawn
+
+
+def cell_edges(progress: Sequence[float]) -> np.ndarray:
+    """Edges (0 to 1) of cells centred on the points of training."""
+    middles = (np.array(progress[1:]) + np.array(progress[:-1])) / 2
+    return np.concatenate([[0.0], middles, [1.0]])
 
 
 def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:

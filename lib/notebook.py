@@ -10,7 +10,7 @@ import torch
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from lib import environment
+from lib import claims, environment
 from lib.config import StudyError, load_profile
 from lib.figures import save_figure
 from lib.runs import Record
@@ -53,6 +53,12 @@ def limits(study: Profile, refresh: bool, budget_minutes: float) -> dict[str, An
 def text(markdown: str) -> None:
     """Show Markdown rendered from records: the only way a result gets into prose."""
     display(Markdown(markdown))
+
+
+def verdicts(rows: pd.DataFrame, name: str, study: Profile) -> None:
+    """Show how claims are judged, then the table of verdicts on one paper's."""
+    text(claims.RULES)
+    table(rows, name, f"The paper's claims, checked under the profile {study.name}.", study)
 
 
 def source(*objects: Callable[..., Any] | type) -> None:

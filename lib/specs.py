@@ -118,7 +118,7 @@ class ContributionSpec(Strict):
 
 
 class MajoritySpec(Strict):
-    """The score of always answering the most frequent training label: the floor that a classifier has to leave."""
+    """The score of one answer for all, the most frequent training label or none: the floor that a model must leave."""
 
     kind: Literal["majority"] = "majority"
     task: str

@@ -11,6 +11,7 @@ from lib import claims
 from lib.analysis import latency_frame, published_retained, structured_qa, summarise, training_speed_frame
 from lib.analysis.poor_mans_bert import PROCEDURES, contribution_frame, procedure, quality_frame, strategy_frame
 from lib.claims import poor_mans_bert as claims_of
+from lib.claims import structured_qa as structured_claims
 from lib.compressors import CompressorSpec
 from lib.config import StudyError
 from lib.distillation import Distillation
@@ -359,3 +360,22 @@ def test_operating_points_stand_beside_their_own_row_of_the_paper():
     assert table[53, "retrain and distil"] == wanted[52.6, 65.2, "retrain"]
     assert np.isnan(table[44, "retrain"]) and np.isnan(table[70, "none"])
     assert structured_qa.data_sets_frame(pd.DataFrame(rows).query("kind == 'heads'")).empty
+
+
+def test_a_data_set_on_which_no_answer_scores_nearly_as_much_decides_nothing():
+    """Two data sets keep 99 %; the third keeps 50 % and counts only when its dense model is clear of the floor."""
+    point = {"heads": 0.474, "units": 0.348, "kind": "both", "selection": "l0", "recovery": "retrain and distil"}
+    tasks = {"squad_v1": ("SQuAD 1.1", 99.0), "policyqa": ("PolicyQA", 99.0), "squad_v2": ("SQuAD 2.0", 50.0)}
+    frame = pd.DataFrame([
+        {"task": task, "title": title, "seed": seed, "retained": retained, "informative": True, **point}
+        for task, (title, retained) in tasks.items()
+        for seed in range(claims.ENOUGH_SEEDS)
+    ])  # fmt: skip
+    assert structured_claims._across(frame)["verdict"] == "holds in part"
+    row = structured_claims._across(frame.assign(informative=frame["task"] != "squad_v2"))
+    assert row["verdict"] == "holds" and "left out" in row["evidence"] and "SQuAD 2.0" in row["evidence"]
+
+
+def test_a_size_holds_up_to_its_tolerance_and_below():
+    assert claims.as_small(101.9, 100) and claims.as_small(50, 100) and not claims.as_small(102.1, 100)
+    assert f"{100 * claims.SIZE_TOLERANCE:.0f} % above" in claims.RULES

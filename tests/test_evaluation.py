@@ -101,3 +101,11 @@ def test_one_label_for_all_is_the_most_frequent_one_of_training(profile_file, mo
     assert found == {"label": 1, "score": 25.0, "accuracy": 25.0, "constant_prediction": 1.0}
     with pytest.raises(StudyError, match=r"world_qa.*no labels to count"):
         experiments.execute(MajoritySpec(task="world_qa", data="embedded"), profile)
+
+
+def test_no_answer_at_all_scores_the_share_of_questions_without_one(profile_file, monkeypatch):
+    answers = [{"text": ["yes"], "answer_start": [0]}, *[{"text": [], "answer_start": []}] * 3]
+    rows = Dataset.from_dict({"id": list("abcd"), "answers": answers})
+    monkeypatch.setattr(experiments, "load_task", lambda *_: {"validation": rows})
+    found = experiments.execute(MajoritySpec(task="squad_v2", data="local"), load_profile(profile_file()))
+    assert found["score"] == found["f1"] == 75.0 and found["HasAns_f1"] == 0.0

@@ -257,3 +257,25 @@ def test_table_mistakes_are_named(tmp_path):
 def test_show_is_markdown_with_its_caption():
     shown = tables.show(TABLE, "Two models.", {"ratio": "{:.1f}"})
     assert shown.data.startswith("| model_name") and shown.data.endswith("\n\n*Two models.*")
+
+
+def test_a_distribution_over_training_is_drawn_per_unit_of_y():
+    """Bins of unlike width: shares per unit times widths are 100 % at every point, and the axis ends with the data."""
+    counts = np.array([[0, 4, 4, 0, 0], [2, 2, 4, 0, 0]])
+    _, axes = figures.new_figure("page", 1, 1, squeeze=False)
+    (drawn,) = figures.density_over_training(axes[0], [(counts, [0.0, 1.0], [-50, -2, -1, 1, 5, 50])], "Blues", "label")
+    widths = drawn["to"] - drawn["from"]
+    assert (drawn["per unit (%)"] * widths).groupby(drawn["progress"]).sum().tolist() == pytest.approx([100, 100])
+    assert drawn["from"].min() == -3 and drawn["to"].max() == 9  # outer bins as wide as their neighbours
+    assert axes[0, 0].get_ylim() == (-3, 1)
+    at_end = drawn[(drawn["progress"] == 1) & (drawn["from"] == -1)]
+    assert at_end["per unit (%)"].item() == pytest.approx(25)  # 4 of 8 in a bin two wide
+
+
+def test_a_speed_is_drawn_with_its_quartiles():
+    _, ax = figures.new_figure()
+    rows = pd.DataFrame({"ratio_to_dense": [1.0, 2.0], "ratio_q1": [1.0, 1.7], "ratio_q3": [1.0, 2.2]})
+    figures.speed_line(ax, [0, 1], rows, "openvino-bf16", shift=0.1)
+    (bars,) = ax.containers
+    segments = bars.lines[2][0].get_segments()
+    assert np.array(segments)[1] == pytest.approx(np.array([[1.1, 1.7], [1.1, 2.2]]))

@@ -15,7 +15,7 @@ from lib.published import published
 from lib.runs import Record
 from lib.specs import LatencySpec, MajoritySpec, TrainingSpeedSpec, TrainSpec
 
-MARGIN = 5.0  # points that a dense score must lie above the most frequent label's for its retained share to say much
+MARGIN = 5.0  # points that a dense score must lie above that of one answer for all for its retained share to say much
 
 
 def training_runs(records: Iterable[Record]) -> list[Record]:
@@ -31,12 +31,12 @@ def training_runs(records: Iterable[Record]) -> list[Record]:
 
 
 def one_label_scores(records: Iterable[Record]) -> dict[str, float]:
-    """Task -> score (percent) of always giving the most frequent label, of the tasks whose record is here."""
+    """Task -> score (percent) of one answer for all, of the tasks whose record is here."""
     return {record.spec.task: record["score"] for record in records if isinstance(record.spec, MajoritySpec)}
 
 
 def uninformative(records: Iterable[Record]) -> set[str]:
-    """Tasks whose dense score, mean over seeds, lies less than ``MARGIN`` above always giving the most frequent label.
+    """Tasks whose dense score, mean over seeds, lies less than ``MARGIN`` above that of one answer for all.
 
     Whatever one does to such a model, nearly all of its score remains. ``records`` hold the dense runs and the floors.
     """

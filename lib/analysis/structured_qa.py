@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from transformers import AutoModel
 
-from lib.analysis import of_same_seed, summarise, training_runs
+from lib.analysis import of_same_seed, one_label_scores, summarise, training_runs, uninformative
 from lib.data import TASKS
 from lib.models import ARCHITECTURES
 from lib.published import published
@@ -46,12 +46,13 @@ def structured_frame(records: Iterable[Record]) -> pd.DataFrame:
 
     ``heads``, ``units`` and ``embedding`` are realised densities (shares kept, 1 where untouched), ``kind`` says which
     were pruned ("heads", "units", "both", "embedding" or "none"). ``retained`` is the score as a share (percent) of the
-    dense score of the same task and seed.
+    dense score of the same task and seed. ``floor`` is the score of no answer to all questions where ``records`` hold
+    it, ``informative`` as in ``analysis.uninformative``.
 
     Raises:
         StudyError: no run is finished.
     """
-    rows = []
+    rows, records = [], list(records)
     for record in training_runs(records):
         spec: Any = record.spec
         density = record["compression"].get("density", {})
@@ -68,6 +69,8 @@ def structured_frame(records: Iterable[Record]) -> pd.DataFrame:
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense["score"])
     full = of_same_seed(frame, dense["layer_parameters"])
     frame["layers kept"] = frame["layer_parameters"].to_numpy() / full
+    frame["floor"] = frame["task"].map(one_label_scores(records)).astype(float)
+    frame["informative"] = ~frame["task"].isin(uninformative(records))
     return frame
 
 

@@ -11,9 +11,20 @@ import pandas as pd
 
 from lib.intervals import Interval, t_interval
 
+SIZE_TOLERANCE = 0.02  # a size holds when it is larger than the printed one by this share at most
 SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
 ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
+RULES = (
+    "*Size* is exact arithmetic on the published architecture and holds where it is at most "
+    f"{100 * SIZE_TOLERANCE:.0f} % above the printed one. *Speed* is measured at the published shape on this machine "
+    f"(the papers' numbers are mostly a GPU's) and holds from {100 * SPEED_TOLERANCE:.0f} % of the printed one. "
+    "*Quality* compares shares of the dense model's score on this profile's encoder and data, and holds from "
+    f"{QUALITY_TOLERANCE:.0f} points below the printed share, unless the evidence names another bound. Where only some "
+    "engines or tasks reach it, a claim *holds in part*. Whether one method is better than another is judged by the "
+    "mean over pairs of runs, and cannot be told where its 95 % Student t interval holds zero. Fewer than "
+    f"{ENOUGH_SEEDS} seeds decide nothing about quality."
+)
 NOT_RUN = "not run yet"
 NOT_CLAIMED = "(not claimed)"  # ends a row that judges what the paper does not say
 
@@ -35,6 +46,11 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
     if check == "quality" and holds is not None and seeds is not None and seeds < ENOUGH_SEEDS:
         word = f"too few seeds to tell (n = {seeds})"
     return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
+
+
+def as_small(exact: float, printed: float) -> bool:
+    """Whether an exact size is the printed one, rounding allowed for, or below it; both in the same unit."""
+    return bool(exact <= (1 + SIZE_TOLERANCE) * printed)
 
 
 def signed(found: Interval, unit: str = "points") -> str:

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from lib.analysis.fullyqt import PROCEDURES, everything, published_retained
-from lib.claims import ENOUGH_SEEDS, NOT_RUN, leads, seeds_of, verdict
+from lib.claims import ENOUGH_SEEDS, NOT_RUN, as_small, leads, seeds_of, verdict
 from lib.intervals import bootstrap_interval
 from lib.published import published
 from lib.quantized_storage import exact_bytes
@@ -51,7 +51,7 @@ def _size(bits: int) -> dict[str, str]:
     ours = transformer_base_bytes(None) / transformer_base_bytes(bits)
     return verdict(
         f"{bits} bits are {printed:.2f} × smaller", "size", f"{printed:.2f} ×", f"{ours:.2f} ×",
-        bool(ours >= 0.99 * printed),
+        as_small(1 / ours, 1 / printed),
         f"exact count: Transformer base, 37,000 tokens, a range per row, biases in fp32; {SECOND_HAND}",
     )  # fmt: skip
 

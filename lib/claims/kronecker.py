@@ -3,7 +3,7 @@
 import pandas as pd
 
 from lib.analysis.kronecker import NAMES, complete, exact_sizes, published_retained
-from lib.claims import NOT_RUN, SPEED_TOLERANCE, leads, retains, seeds_of, verdict
+from lib.claims import NOT_RUN, SPEED_TOLERANCE, as_small, leads, retains, seeds_of, verdict
 from lib.data import TASKS
 from lib.published import published
 
@@ -32,10 +32,11 @@ def verdicts(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
 def _size(name: str) -> dict[str, str]:
     sizes = exact_sizes().set_index("configuration")
     row = sizes.loc[name]
-    holds = round(row["exact (M)"], 1) == row["published (M)"]
+    exact, printed = (float(sizes[column].loc[name]) for column in ("exact (M)", "published (M)"))
+    holds = as_small(exact, printed)
     evidence = "exact count on BERT-base, with positions, biases and pooler; "
     if holds:
-        evidence += "equal to the printed digit"
+        evidence += f"{100 * (exact / printed - 1):+.1f} %"
     else:
         evidence += (
             f"the printed shapes cannot give the printed size; without position embeddings they count "
@@ -43,8 +44,8 @@ def _size(name: str) -> dict[str, str]:
         )
     compression = published("tahaei2021", metric="compression", method=name)["value"].max()
     return verdict(
-        f"{NAMES[name]} is {compression:g} times smaller than BERT-base", "size", f"{row['published (M)']:.1f} M",
-        f"{row['exact (M)']:.2f} M ({row['ratio']:.1f} times)", bool(holds), evidence,
+        f"{NAMES[name]} is {compression:g} times smaller than BERT-base", "size", f"{printed:.1f} M",
+        f"{exact:.2f} M ({row['ratio']:.1f} times)", holds, evidence,
     )  # fmt: skip
 
 

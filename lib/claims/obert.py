@@ -29,6 +29,7 @@ class Compound(NamedTuple):
         return float(found["value"].item())
 
 
+BITMASK_TOLERANCE = 0.9  # the paper's file is gzipped, which codes the 8-bit values as well: about a tenth
 COLLAPSED = 20.0  # percent retained; below this a model has learnt next to nothing
 # What the abstract's three numbers stand for.
 COMPOUNDS = {
@@ -72,10 +73,11 @@ def _size_by_arithmetic() -> dict[str, str]:
     chosen = COMPOUNDS["size"]
     printed = chosen.printed()
     ours = compound_bytes() / compound_bytes(12, 0.8, 4, int8=True)
-    holds = bool(ours >= SPEED_TOLERANCE * printed)
+    holds = bool(ours >= BITMASK_TOLERANCE * printed)
     return verdict(
         chosen.claim, "size", f"{printed:.1f} × (gzip)", f"{ours:.1f} ×", holds,
-        "exact arithmetic on BERT-base, 80 % in runs of four: bitmask, 8-bit values and word embeddings; no gzip",
+        "exact arithmetic on BERT-base, 80 % in runs of four: bitmask, 8-bit values and word embeddings; no gzip, so "
+        "judged within 10 %",
     )  # fmt: skip
 
 

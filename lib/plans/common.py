@@ -21,8 +21,8 @@ def dense(profile: Profile) -> list[Spec]:
 
 
 def majority(profile: Profile) -> list[Spec]:
-    """What always giving the most frequent label scores, for every classification task of the profile."""
-    tasks = [task for task in profile.tasks if get_task(task).kind == "classification"]
+    """What one answer for all scores: the most frequent label, or none where questions may have no answer."""
+    tasks = [task for task in profile.tasks if get_task(task).kind == "classification" or get_task(task).unanswerable]
     return [MajoritySpec(task=task, data=data_source(profile, task)) for task in tasks]
 
 

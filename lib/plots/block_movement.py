@@ -51,7 +51,10 @@ def score_against_density(frame: pd.DataFrame, theirs: pd.DataFrame) -> tuple[Fi
 
 
 def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> pd.DataFrame:
-    """Mean over seeds of both coordinates at each strength, joined by a line, with the 95 % interval of ``y``."""
+    """Mean over seeds of both coordinates at each strength, joined by a line, with the 95 % interval of ``y``.
+
+    Seeds end at different densities: each is drawn too, small and pale.
+    """
     rows = []
     for strength, group in part.groupby("strength"):
         found = bootstrap_interval(group[y])
@@ -59,7 +62,11 @@ def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> p
                      "low": found.low, "high": found.high, "n": found.n})  # fmt: skip
     points = pd.DataFrame(rows).sort_values(x)
     errors = np.abs(points[["low", "high"]].to_numpy().T - points[y].to_numpy())
-    ax.errorbar(points[x], points[y], np.nan_to_num(errors), capsize=2, zorder=3, **figures.style_of(method))
+    style = figures.style_of(method)
+    ax.errorbar(points[x], points[y], np.nan_to_num(errors), capsize=2, zorder=3, **style)
+    if points["n"].max() > 1:
+        pale = {"linestyle": "", "alpha": 0.6, "markersize": 2.5, "markeredgewidth": 0, "label": "_seeds"}
+        ax.plot(part[x], part[y], zorder=2, **style | pale)
     return points
 
 
@@ -89,26 +96,20 @@ def scores_in_training(record: Record) -> tuple[Figure, pd.DataFrame]:
     """Distribution of attention's (left) and the FFN's (right) scores over training, with the threshold on S."""
     fig, axes = figures.new_figure("page", 1, 2, sharey=True)
     history = history_frame(record)
-    for ax, kind in zip(axes, ("attention", "ffn"), strict=True):
-        counts, progress, edges = score_counts(record, kind)
-        share = 100 * counts / counts.sum(1, keepdims=True)
-        inner = np.clip(edges, -6, 6)  # the outer bins hold all that is beyond
-        mesh = ax.pcolormesh(_edges(progress), inner, share.T, cmap="Greens", vmin=0, vmax=40)
+    parts = {"attention": "attention blocks", "ffn": "FFN units"}
+    counts = [score_counts(record, kind) for kind in parts]
+    drawn = figures.density_over_training(axes, counts, "Greens", "scores per unit of S (%)")
+    lowest, highest = axes[0].get_ylim()
+    for ax, title in zip(axes, parts.values(), strict=True):
         if history["threshold"].notna().all():
             tau = history["threshold"].astype(float).to_numpy()
             with np.errstate(divide="ignore"):
                 bound = np.log(tau / (1 - tau))
-            ax.plot(history["progress"], np.clip(bound, -6, 6), color=figures.VERMILION, label="threshold")
-        ax.set(xlabel="progress of training", title={"attention": "attention blocks", "ffn": "FFN units"}[kind])
+            ax.plot(history["progress"], np.clip(bound, lowest, highest), color=figures.VERMILION, label="threshold")
+        ax.set_title(title)
     axes[0].set_ylabel("score S")
-    fig.colorbar(mesh, ax=list(axes), label="share of scores (%)")
-    return fig, history
-
-
-def _edges(progress: Sequence[float]) -> np.ndarray:
-    """Edges of cells centred on the points of training."""
-    middles = (np.array(progress[1:]) + np.array(progress[:-1])) / 2
-    return np.concatenate([[0.0], middles, [1.0]])
+    rows = pd.concat([part.assign(kind=kind) for part, kind in zip(drawn, parts, strict=True)])
+    return fig, rows.merge(history, on="progress")
 
 
 def deaths_in_training(record: Record) -> tuple[Figure, pd.DataFrame]:
@@ -120,7 +121,7 @@ def deaths_in_training(record: Record) -> tuple[Figure, pd.DataFrame]:
         places = record["compression"]["places"][part]
         share = 100 * counts / counts[0]
         rows = np.arange(len(places) + 1) + 0.5
-        mesh = ax.pcolormesh(_edges(progress), rows, share.T, cmap="Greens", vmin=0, vmax=100)
+        mesh = ax.pcolormesh(figures.cell_edges(progress), rows, share.T, cmap="Greens", vmin=0, vmax=100)
         ax.set(xlabel="progress of training", title=kind, ylabel="layer", yticks=range(1, len(places) + 1))
         table = pd.DataFrame(share, columns=places).assign(progress=progress, kind=kind)
         drawn.append(table.melt(["kind", "progress"], var_name="place", value_name="alive (%)"))

@@ -1,12 +1,17 @@
 """The figures of notebook 02 that are more than a curve; each returns the figure and the drawn rows."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from lib import figures
 from lib.analysis import summarise
+from lib.analysis.structured_qa import gate_counts, gate_history
 from lib.config import StudyError
+from lib.gates import CLOSED_BELOW
+from lib.runs import Record
 
 ORDER = ("none", "retrain", "distil", "retrain and distil")
 SHADES = (figures.BLUE, figures.VERMILION, figures.GREEN, figures.PURPLE)
@@ -37,4 +42,23 @@ def recovery_figure(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     ax.set(ylabel="F1 retained (%)")
     figures.retained_line(ax, 100)
     figures.outside_legend(fig)
+    return fig, pd.concat(drawn, ignore_index=True)
+
+
+def gates_in_training(records: Sequence[Record]) -> tuple[Figure, pd.DataFrame]:
+    """Distribution of log alpha over training, one panel per run; below the line a gate is shut without noise.
+
+    Args:
+        records: of finished runs that trained gates of one kind each, at least one.
+    """
+    fig, axes = figures.new_figure("page", 1, len(records), squeeze=False, sharey=True)
+    kinds = [next(iter(record["compression"]["density"])) for record in records]
+    counts = [gate_counts(record, kind) for record, kind in zip(records, kinds, strict=True)]
+    densities = figures.density_over_training(axes[0], counts, "Blues", r"gates per unit of $\log\alpha$ (%)")
+    drawn = []
+    for ax, record, kind, rows in zip(axes[0], records, kinds, densities, strict=True):
+        ax.axhline(CLOSED_BELOW, color=figures.VERMILION, linewidth=0.8)
+        ax.set_title(f"{kind}, {100 * record['compression']['density'][kind]:.0f} % kept")
+        drawn.append(rows.merge(gate_history(record, kind), on="progress").assign(kind=kind))
+    axes[0, 0].set_ylabel(r"$\log\alpha$")
     return fig, pd.concat(drawn, ignore_index=True)
