@@ -221,29 +221,33 @@ def recipe_means(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
-    """For every loss (percent of the dense score) that one accepts: the fastest recipe, on each engine and on any.
+    """For every loss (percent of the dense score) that one accepts: the fastest recipe, on any engine and on each.
 
-    ``speed ×`` refers to the reference engine, ``× dense there`` to the dense model on the row's own engine; in the
-    rows for any engine, to the dense model on its fastest.
+    Losses that lead to the same choice share a row. ``speed ×`` refers to the reference engine, ``× dense there`` to
+    the dense model on the row's own engine; in the rows for any engine, to the dense model on its fastest.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     dense = means[means["recipe"] == "dense"].set_index("engine")["speed"]
-    for loss in losses:
-        good = means[(means["retained"] >= 100 - loss) & means["speed"].notna()]
-        for engine in [*dict.fromkeys(means["engine"]), "any"]:
-            there = good if engine == "any" else good[good["engine"] == engine]
-            if there.empty:
-                rows.append({"loss accepted (%)": loss, "engine": engine, "take": "nothing measured here is within it"})
+    for engine in ["any", *dict.fromkeys(means["engine"])]:
+        there = means[means["speed"].notna() & ((means["engine"] == engine) | (engine == "any"))]
+        accepted: dict[int | None, list[float]] = {}
+        for loss in sorted(losses):
+            good = there[there["retained"] >= 100 - loss]["speed"]
+            accepted.setdefault(None if good.empty else int(good.index[good.argmax()]), []).append(loss)
+        for best, values in accepted.items():
+            span = " to ".join(f"{loss:.1f}" for loss in dict.fromkeys((values[0], values[-1])))
+            if best is None:
+                nothing = "nothing measured here is within it"
+                rows.append({"engine": engine, "loss accepted (%)": span, "take": nothing})
                 continue
-            best = there.sort_values("speed").iloc[-1]
+            row = there.loc[best]
             rows.append({
-                "loss accepted (%)": loss, "engine": engine if engine != "any" else f"any: {best['engine']}",
-                "take": best["recipe"], "speed ×": best["speed"],
-                "× dense there": best["speed"] / (dense.max() if engine == "any" else dense.get(engine, np.nan)),
-                "ms": best["ms"], "retained (%)": best["retained"],
-                "size (MB)": best["size (MB)"], "n": best["n"],
+                "engine": f"any: {row['engine']}" if engine == "any" else engine, "loss accepted (%)": span,
+                "take": row["recipe"], "speed ×": row["speed"],
+                "× dense there": row["speed"] / (dense.max() if engine == "any" else dense.get(engine, np.nan)),
+                "ms": row["ms"], "retained (%)": row["retained"], "size (MB)": row["size (MB)"], "n": row["n"],
             })  # fmt: skip
-    columns = ["loss accepted (%)", "engine", "take", "speed ×", "× dense there", "ms", "retained (%)", "size (MB)",
+    columns = ["engine", "loss accepted (%)", "take", "speed ×", "× dense there", "ms", "retained (%)", "size (MB)",
                "n"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 

@@ -31,11 +31,13 @@ def test_decisions_take_the_fastest_within_the_loss():
         "recipe": ["dense", "small", "tiny", "small"], "engine": ["a", "a", "a", "b"], "retained": [100, 97, 80, 99.0],
         "speed": [2.0, 5.0, 9.0, 4.0], "ms": [4.0, 2, 1, 2], "size (MB)": [9.0, 5, 2, 5], "n": [3, 3, 3, 1],
     })  # fmt: skip
-    table = frontier.decisions(means, [2.0, 5.0, 0.5])
-    taken = {(row["loss accepted (%)"], row["engine"]): row["take"] for row in table.to_dict("records")}
-    assert taken[2.0, "a"] == "dense" and taken[2.0, "b"] == "small" and taken[2.0, "any: b"] == "small"
-    assert taken[5.0, "any: a"] == "small" and taken[5.0, "b"] == "small"
-    assert taken[0.5, "b"] == "nothing measured here is within it"
+    table = frontier.decisions(means, [2.0, 5.0, 0.5, 7.5])
+    taken = {(row["engine"], row["loss accepted (%)"]): row["take"] for row in table.to_dict("records")}
+    assert taken == {
+        ("any: a", "0.5"): "dense", ("any: b", "2.0"): "small", ("any: a", "5.0 to 7.5"): "small",
+        ("a", "0.5 to 2.0"): "dense", ("a", "5.0 to 7.5"): "small",
+        ("b", "0.5"): "nothing measured here is within it", ("b", "2.0 to 7.5"): "small",
+    }  # fmt: skip
     untimed = frontier.decisions(means.assign(speed=np.nan), [2.0])
     assert untimed.columns.tolist() == table.columns.tolist() and untimed["ms"].isna().all()
 
