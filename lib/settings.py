@@ -109,13 +109,15 @@ class TrainingDefaults(Strict):
 class LayerDroppingSettings(Strict):
     """The grid of notebook 05. ``k`` lists how many layers to drop; ``None`` means every K the encoder allows.
 
-    ``grid_tasks`` get every strategy and K, ``half_tasks`` only half of the layers dropped from the top.
+    ``grid_tasks`` get every strategy and K, ``half_tasks`` only half of the layers dropped from the top. How much a
+    layer contributes is measured on ``contribution_examples`` of the validation split, ``None`` for all.
     Speed is measured with each of ``speed_k`` top layers of the published-size BERT dropped.
     """
 
     k: tuple[PositiveInt, ...] | None
     strategies: tuple[Literal["top", "bottom", "odd", "even", "symmetric", "contribution"], ...] = Field(min_length=1)
     thresholds: tuple[float, ...]
+    contribution_examples: PositiveInt | None
     grid_tasks: tuple[str, ...]
     half_tasks: tuple[str, ...]
     speed_engines: tuple[str, ...] = Field(min_length=1)
@@ -256,7 +258,8 @@ class ObertSettings(Strict):
     over ``short_epochs`` and ``long_epochs``, the long one in ``prunings`` steps, the first to ``first_step``.
     ``other_tasks`` get every ranking at every sparsity, one-shot pruning and the headline compounds too, the long
     schedule over the epochs given with each.
-    ``batch_sizes`` names tasks that are pruned with other batches than the dense model trains with.
+    ``batch_sizes`` names tasks that are pruned with other batches than the dense model trains with, and
+    ``gradient_batches`` tasks whose gradients are means over other batches than ``gradient_batch``.
     ``widths`` are those of the Fisher's blocks for single weights and for runs of four. One-shot pruning is measured at
     ``one_shot_sparsities``, split into each of ``recomputations``. ``upstream_task`` lends its text to the language
     model, ``transfer_tasks`` get its pruned encoder. ``compound_layers`` are layers kept. ``cost_weights`` is the slice
@@ -277,6 +280,7 @@ class ObertSettings(Strict):
     learning_rate: PositiveFloat
     gradients: PositiveInt
     gradient_batch: PositiveInt
+    gradient_batches: dict[str, PositiveInt]
     widths: tuple[PositiveInt, PositiveInt]
     dampening: PositiveFloat
     one_shot_sparsities: tuple[Sparsity, ...]

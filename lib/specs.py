@@ -105,7 +105,8 @@ class ImportanceSpec(Strict):
 class ContributionSpec(Strict):
     """Cosine similarity of each layer's input and output on a task's validation split (Sajjad et al. 2020).
 
-    ``start`` None measures the pre-trained encoder, as the paper does.
+    ``examples`` are the split's first, None its whole. ``start`` None measures the pre-trained encoder, as the paper
+    does.
     """
 
     kind: Literal["contribution"] = "contribution"
@@ -113,7 +114,7 @@ class ContributionSpec(Strict):
     data: DataSource
     encoder: str
     max_length: int
-    examples: int = Field(ge=1)
+    examples: int | None = Field(ge=1)
     start: TrainSpec | None = None
 
 

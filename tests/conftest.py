@@ -183,7 +183,8 @@ def small_profile(results: Path) -> dict[str, Any]:
         "latency": {"engines": ["pytorch-fp32"], "threads": 1, "batches": [1], "lengths": [16], "rounds": 1,
                     "comparison_examples": 32, "compare_training": True,
                     "base_shape": "tiny"},
-        "layer_dropping": {"k": [2], "strategies": ["top"], "thresholds": [0.9], "grid_tasks": ["world_sentiment"],
+        "layer_dropping": {"k": [2], "strategies": ["top"], "thresholds": [0.9],
+                           "contribution_examples": 16, "grid_tasks": ["world_sentiment"],
                            "half_tasks": [], "speed_engines": ["pytorch-fp32"], "speed_k": [2],
                            "ablation_k": [2], "ablation_tasks": []},
         "frontier": {"task": "world_qa", "layers_dropped": [0, 2], "operating_points": [[1, 1]],
@@ -200,6 +201,7 @@ def small_profile(results: Path) -> dict[str, Any]:
         "obert": {
             "task": "world_sentiment", "train_examples": 32, "other_tasks": {}, "sparsities": [0.8], "short_epochs": 1,
             "batch_sizes": {}, "long_epochs": 1, "prunings": 3, "first_step": 0.5, "learning_rate": 1e-3,
+            "gradient_batches": {},
             "gradients": 4, "gradient_batch": 4, "widths": [16, 16], "dampening": 1e-7, "one_shot_sparsities": [0.8],
             "recomputations": [1], "upstream_task": "world_sentiment", "transfer_tasks": ["world_sentiment"],
             "upstream_sparsities": [0.8], "upstream_epochs": 1, "upstream_prune_epochs": 1, "transfer_epochs": 1,

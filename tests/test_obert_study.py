@@ -122,6 +122,11 @@ def test_profiles_plan_the_papers_schedules(profile):
     assert len(short["prune_at"]) == 13 and short["rewind_at"] == [0.8]
     if profile == "paper":
         assert pruned(study, 0, 0.9).training.batch_size == 16
+        averaged = {
+            task: pruned(study, 0, 0.9, task=task).compressor.settings["gradient_batch"]
+            for task in ("squad_v1", "mnli")
+        }
+        assert averaged == {"squad_v1": 8, "mnli": 16}  # examples in the mean that one gradient is
         assert [round(30 * moment, 6) for moment in long["prune_at"]] == [2, 6, 10, 14, 18, 22, 26]
         assert [round(10 * moment, 6) for moment in short["prune_at"]] == [2 + half / 2 for half in range(13)]
 

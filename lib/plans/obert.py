@@ -48,12 +48,15 @@ def schedule(profile: Profile, budget: Budget) -> dict[str, list[float]]:
     return {"prune_at": moments, "rewind_at": moments}
 
 
-def _pruning(profile: Profile, sparsity: float, importance: str, group: int, **changes: Any) -> CompressorSpec:
+def _pruning(
+    profile: Profile, task: str, sparsity: float, importance: str, group: int, **changes: Any
+) -> CompressorSpec:
     settings = profile.obert
     values: dict[str, Any] = {"sparsity": sparsity, "group": group, "importance": importance}
     if sparsity and importance != "magnitude":
         values |= {
-            "gradients": settings.gradients, "gradient_batch": settings.gradient_batch,
+            "gradients": settings.gradients,
+            "gradient_batch": settings.gradient_batches.get(task, settings.gradient_batch),
             "dampening": settings.dampening, "width": settings.widths[0 if group == 1 else 1],
         }  # fmt: skip
     return CompressorSpec(name="obert", settings=values | changes)
@@ -100,7 +103,7 @@ def pruned(profile: Profile, seed: int, sparsity: float, importance: str = "ober
     teacher, shallow = dense_spec(profile, task, seed), layers is not None and layers < total
     first = min(SHALLOW_FIRST_STEP if shallow else profile.obert.first_step, sparsity)
     changes = schedule(profile, budget) | {"first_step": first}
-    pruning = _pruning(profile, sparsity, importance, group, **changes)
+    pruning = _pruning(profile, task, sparsity, importance, group, **changes)
     start: TrainSpec | None = fewer_layers(profile, seed, layers, task) if shallow and layers else teacher
     if importance == "movement":  # a student that is its own teacher has nothing to move for
         pruning, start = _movement(sparsity), None
@@ -131,7 +134,7 @@ def one_shot(profile: Profile, seed: int, sparsity: float, importance: str, reco
     changes: dict[str, Any] = {"prune_at": [], "rewind_at": []}
     changes |= {"recomputations": recomputations} if recomputations > 1 else {}
     return teacher.model_copy(update={
-        "start": teacher, "compressor": _pruning(profile, sparsity, importance, 1, **changes),
+        "start": teacher, "compressor": _pruning(profile, task, sparsity, importance, 1, **changes),
         "training": _training(profile, task, 0),
     })  # fmt: skip
 
@@ -153,7 +156,7 @@ def language_model(profile: Profile, sparsity: float = 0.0) -> UpstreamSpec:
     changes = schedule(profile, "long") | {"first_step": min(settings.first_step, sparsity)}
     return dense.model_copy(update={
         "training": training.model_copy(update={"epochs": settings.upstream_prune_epochs}),
-        "compressor": _pruning(profile, sparsity, "obert", 1, **changes), "start": dense,
+        "compressor": _pruning(profile, text, sparsity, "obert", 1, **changes), "start": dense,
         "distillation": UPSTREAM_SOFT, "teacher": dense,
     })  # fmt: skip
 

@@ -33,7 +33,7 @@ def contributions(profile: Profile) -> list[Spec]:
     return [
         ContributionSpec(
             task=task, data=data_source(profile, task), encoder=profile.encoder,
-            max_length=profile.tasks[task].max_length, examples=256,
+            max_length=profile.tasks[task].max_length, examples=profile.layer_dropping.contribution_examples,
         )
         for task in profile.tasks
         if task in (*profile.layer_dropping.grid_tasks, *profile.layer_dropping.half_tasks)
