@@ -13,7 +13,7 @@ from lib.analysis.obert import speed_frame
 from lib.config import StudyError
 from lib.plots import frontier as frontier_plots
 from lib.plots.obert import speed_figure
-from lib.plots.structured_qa import ORDER, recovery_figure
+from lib.plots.structured_qa import ORDER, recovery_figure, selection_figure
 from lib.runs import Record
 from lib.specs import LatencyModel, LatencySpec
 
@@ -140,3 +140,17 @@ def test_the_shown_task_has_pruned_runs_beside_a_dense_one():
     frame = pd.DataFrame(rows, columns=["task", "method", "retained"])
     assert shown_task(frame, ["a", "c", "b"]) == "b" and shown_task(frame[:1], ["a", "b"]) == "a"
     assert shown_task(frame[:0], ["c"]) == "c"
+
+
+def test_selections_are_drawn_for_heads_units_and_both():
+    """Two models that lack heads and units are one point each, at the share of weights that they lack."""
+    columns = ["kind", "selection", "heads", "units", "layers kept", "score"]
+    rows = [("none", "dense", 1, 1, 1, 80.0), ("heads", "l0", 0.5, 1, 0.8, 79.0), ("both", "l0", 0.5, 0.5, 0.45, 75.0),
+            ("both", "gain", 0.5, 0.5, 0.45, 70.0)]  # fmt: skip
+    fig, drawn = selection_figure(pd.DataFrame(rows, columns=columns))
+    both = drawn[drawn["kind"] == "both"]
+    assert both["removed"].tolist() == [55.0, 55.0] and dict(zip(both["method"], both["score"], strict=True)) == {
+        "l0": 75,
+        "gain": 70,
+    }
+    assert [ax.get_xlabel().split()[0] for ax in fig.axes] == ["heads", "units", "both:"]

@@ -16,6 +16,7 @@ from lib.runs import Record
 from lib.specs import ImportanceSpec, TrainSpec
 from lib.surgery import cut, even_shapes
 
+NEAR = 0.02  # difference of a density that rounding to whole heads and units may make
 NONE = "none"
 
 
@@ -118,6 +119,30 @@ def data_sets_frame(frame: pd.DataFrame) -> pd.DataFrame:
     trained = table["recovery"].where(table["recovery"] == NONE, "retrain")
     table["published"] = paper.reindex([*zip(*(table[name] for name in removed), trained, strict=True)]).to_numpy()
     return table.rename(columns={"title": "task"})
+
+
+def against_published(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every row of the paper's two tables of BERT-large beside what the L0 gates retain here at the same densities.
+
+    Densities are the same when they differ by two points at most, in whole heads and units; ``retained`` and ``n``
+    (runs) are NaN and 0 where nothing of ours is near.
+
+    Args:
+        frame: of ``structured_frame``, one task.
+    """
+    ours = frame[frame["selection"].isin(["l0", "dense"])]
+    rows = []
+    for printed in published_points().to_dict("records"):
+        near = (ours["recovery"] == printed["recovery"]) & (ours["embedding"] == 1)
+        for kind in ("heads", "units"):
+            near &= (ours[kind] - printed[kind]).abs() <= NEAR
+        found = ours[near]["retained"]
+        rows.append({
+            "version": "first" if printed["place"].startswith("v1") else "later",
+            "heads removed (%)": printed["heads removed (%)"], "units removed (%)": printed["units removed (%)"],
+            "then": printed["recovery"], "published": printed["retained"], "ours": found.mean(), "n": len(found),
+        })  # fmt: skip
+    return pd.DataFrame(rows).sort_values("version", kind="stable", ignore_index=True)
 
 
 def exact_sizes() -> pd.DataFrame:

@@ -45,6 +45,28 @@ def recovery_figure(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return fig, pd.concat(drawn, ignore_index=True)
 
 
+def selection_figure(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """Score of every selection against what is removed: heads (left), units (middle), both (right).
+
+    Args:
+        frame: of ``structured_frame``, one task, nothing retrained. For both, x is the share of the layers' parameters.
+    """
+    fig, axes = figures.new_figure("page", 1, 3, sharey=True)
+    drawn = []
+    for ax, kind in zip(axes, ("heads", "units", "both"), strict=True):
+        rows = frame[frame["kind"] == kind]
+        left = rows["layers kept" if kind == "both" else kind]
+        for name, part in rows.assign(removed=(100 * (1 - left)).round(1)).groupby("selection", sort=False):
+            drawn.append(figures.band_plot(ax, part, "removed", "score", str(name)).assign(kind=kind))
+        dense = frame[frame["selection"] == "dense"]["score"].mean()
+        ax.axhline(dense, color=figures.BLACK, linewidth=0.9)
+        figures.retained_line(ax, dense)
+        ax.set(xlabel="both: weights removed (%)" if kind == "both" else f"{kind} removed (%)")
+    axes[0].set_ylabel("F1 (%)")
+    figures.outside_legend(fig)
+    return fig, pd.concat(drawn, ignore_index=True) if drawn else pd.DataFrame()
+
+
 def gates_in_training(records: Sequence[Record]) -> tuple[Figure, pd.DataFrame]:
     """Distribution of log alpha over training, one panel per run; below the line a gate is shut without noise.
 
