@@ -29,7 +29,7 @@ class Compound(NamedTuple):
         return float(found["value"].item())
 
 
-BITMASK_TOLERANCE = 0.9  # the paper's file is gzipped, which codes the 8-bit values as well: about a tenth
+BITMASK_TOLERANCE = 0.9  # the paper's file is gzipped, which packs the 8-bit values too; ours is not
 COLLAPSED = 20.0  # percent retained; below this a model has learnt next to nothing
 # What the abstract's three numbers stand for.
 COMPOUNDS = {

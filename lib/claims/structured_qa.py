@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.analysis.structured_qa import NONE, exact_sizes, published_points
+from lib.analysis.structured_qa import NEAR, NONE, exact_sizes, published_points
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, leads, verdict
 from lib.intervals import bootstrap_interval
 from lib.published import published
@@ -59,7 +59,7 @@ def _speed(speed: pd.DataFrame) -> dict[str, str]:
     return verdict(claim, "speed", f"{printed:.2f} ×", ours, holds, evidence)
 
 
-def at_point(frame: pd.DataFrame, point: dict[str, float], tolerance: float = 0.02) -> pd.DataFrame:
+def at_point(frame: pd.DataFrame, point: dict[str, float], tolerance: float = NEAR) -> pd.DataFrame:
     """Rows whose densities are those of an operating point, up to rounding to whole heads and units."""
     near = [(frame[kind] - density).abs() <= tolerance for kind, density in point.items()]
     return frame[near[0] & near[1]]
