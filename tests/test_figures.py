@@ -17,6 +17,7 @@ from PIL import Image
 from lib import figures, tables
 from lib.config import StudyError
 from lib.intervals import bootstrap_interval
+from lib.plots.over_training import density_over_training
 
 DRAW = """
 import sys
@@ -263,7 +264,7 @@ def test_a_distribution_over_training_is_drawn_per_unit_of_y():
     """Bins of unlike width: shares per unit times widths are 100 % at every point, and the axis ends with the data."""
     counts = np.array([[0, 4, 4, 0, 0], [2, 2, 4, 0, 0]])
     _, axes = figures.new_figure("page", 1, 1, squeeze=False)
-    (drawn,) = figures.density_over_training(axes[0], [(counts, [0.0, 1.0], [-50, -2, -1, 1, 5, 50])], "Blues", "label")
+    (drawn,) = density_over_training(axes[0], [(counts, [0.0, 1.0], [-50, -2, -1, 1, 5, 50])], "Blues", "label")
     widths = drawn["to"] - drawn["from"]
     assert (drawn["per unit (%)"] * widths).groupby(drawn["progress"]).sum().tolist() == pytest.approx([100, 100])
     assert drawn["from"].min() == -3 and drawn["to"].max() == 9  # outer bins as wide as their neighbours

@@ -1,6 +1,6 @@
 """From the records of notebook 02 to its frames: selections, operating points, what survives, the gates in training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,22 +121,24 @@ def data_sets_frame(frame: pd.DataFrame) -> pd.DataFrame:
     return table.rename(columns={"title": "task"})
 
 
+def at_point(frame: pd.DataFrame, point: Mapping[Any, Any]) -> pd.DataFrame:
+    """Rows whose densities are those of an operating point, up to rounding to whole heads and units."""
+    near = [(frame[kind] - point[kind]).abs() <= NEAR for kind in ("heads", "units")]
+    return frame[near[0] & near[1]]
+
+
 def against_published(frame: pd.DataFrame) -> pd.DataFrame:
     """Every row of the paper's two tables of BERT-large beside what the L0 gates retain here at the same densities.
 
-    Densities are the same when they differ by two points at most, in whole heads and units; ``retained`` and ``n``
-    (runs) are NaN and 0 where nothing of ours is near.
+    ``published`` and ``ours`` are percent; where nothing of ours is ``at_point``, ``ours`` is NaN and ``n`` (runs) 0.
 
     Args:
         frame: of ``structured_frame``, one task.
     """
-    ours = frame[frame["selection"].isin(["l0", "dense"])]
+    ours = frame[frame["selection"].isin(["l0", "dense"]) & (frame["embedding"] == 1)]
     rows = []
     for printed in published_points().to_dict("records"):
-        near = (ours["recovery"] == printed["recovery"]) & (ours["embedding"] == 1)
-        for kind in ("heads", "units"):
-            near &= (ours[kind] - printed[kind]).abs() <= NEAR
-        found = ours[near]["retained"]
+        found = at_point(ours[ours["recovery"] == printed["recovery"]], printed)["retained"]
         rows.append({
             "version": "first" if printed["place"].startswith("v1") else "later",
             "heads removed (%)": printed["heads removed (%)"], "units removed (%)": printed["units removed (%)"],

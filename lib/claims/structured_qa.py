@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib.analysis.structured_qa import NEAR, NONE, exact_sizes, published_points
+from lib.analysis.structured_qa import NONE, at_point, exact_sizes, published_points
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, leads, verdict
 from lib.intervals import bootstrap_interval
 from lib.published import published
@@ -57,12 +57,6 @@ def _speed(speed: pd.DataFrame) -> dict[str, str]:
     )
     ours, holds = f"{ratios.min():.2f} to {ratios.max():.2f} ×", ratios >= SPEED_TOLERANCE * printed
     return verdict(claim, "speed", f"{printed:.2f} ×", ours, holds, evidence)
-
-
-def at_point(frame: pd.DataFrame, point: dict[str, float], tolerance: float = NEAR) -> pd.DataFrame:
-    """Rows whose densities are those of an operating point, up to rounding to whole heads and units."""
-    near = [(frame[kind] - density).abs() <= tolerance for kind, density in point.items()]
-    return frame[near[0] & near[1]]
 
 
 def _points(frame: pd.DataFrame, recoveries: Sequence[str], selection: str = "l0") -> pd.DataFrame:

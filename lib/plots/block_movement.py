@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from lib import figures
 from lib.analysis.block_movement import alive, history_frame, score_counts, survivors
 from lib.intervals import bootstrap_interval
+from lib.plots.over_training import cell_edges, density_over_training
 from lib.published_shapes import HEADLINE
 from lib.runs import Record
 
@@ -98,7 +99,7 @@ def scores_in_training(record: Record) -> tuple[Figure, pd.DataFrame]:
     history = history_frame(record)
     parts = {"attention": "attention blocks", "ffn": "FFN units"}
     counts = [score_counts(record, kind) for kind in parts]
-    drawn = figures.density_over_training(axes, counts, "Greens", "scores per unit of S (%)")
+    drawn = density_over_training(axes, counts, "Greens", "scores per unit of S (%)")
     lowest, highest = axes[0].get_ylim()
     for ax, title in zip(axes, parts.values(), strict=True):
         if history["threshold"].notna().all():
@@ -121,7 +122,7 @@ def deaths_in_training(record: Record) -> tuple[Figure, pd.DataFrame]:
         places = record["compression"]["places"][part]
         share = 100 * counts / counts[0]
         rows = np.arange(len(places) + 1) + 0.5
-        mesh = ax.pcolormesh(figures.cell_edges(progress), rows, share.T, cmap="Greens", vmin=0, vmax=100)
+        mesh = ax.pcolormesh(cell_edges(progress), rows, share.T, cmap="Greens", vmin=0, vmax=100)
         ax.set(xlabel="progress of training", title=kind, ylabel="layer", yticks=range(1, len(places) + 1))
         table = pd.DataFrame(share, columns=places).assign(progress=progress, kind=kind)
         drawn.append(table.melt(["kind", "progress"], var_name="place", value_name="alive (%)"))

@@ -11,6 +11,7 @@ from lib.analysis import summarise
 from lib.analysis.structured_qa import gate_counts, gate_history
 from lib.config import StudyError
 from lib.gates import CLOSED_BELOW
+from lib.plots.over_training import density_over_training
 from lib.runs import Record
 
 ORDER = ("none", "retrain", "distil", "retrain and distil")
@@ -76,7 +77,7 @@ def gates_in_training(records: Sequence[Record]) -> tuple[Figure, pd.DataFrame]:
     fig, axes = figures.new_figure("page", 1, len(records), squeeze=False, sharey=True)
     kinds = [next(iter(record["compression"]["density"])) for record in records]
     counts = [gate_counts(record, kind) for record, kind in zip(records, kinds, strict=True)]
-    densities = figures.density_over_training(axes[0], counts, "Blues", r"gates per unit of $\log\alpha$ (%)")
+    densities = density_over_training(axes[0], counts, "Blues", r"gates per unit of $\log\alpha$ (%)")
     drawn = []
     for ax, record, kind, rows in zip(axes[0], records, kinds, densities, strict=True):
         ax.axhline(CLOSED_BELOW, color=figures.VERMILION, linewidth=0.8)
