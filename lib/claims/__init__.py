@@ -53,6 +53,16 @@ def as_small(exact: float, printed: float) -> bool:
     return bool(exact <= (1 + SIZE_TOLERANCE) * printed)
 
 
+def timed_on(rows: pd.DataFrame) -> str:
+    """The conditions of timed ``rows`` (columns engine, cpu, batch, length, threads) in words."""
+    engines = rows["engine"].nunique()
+    cpu, batch, length, threads = (
+        " and ".join(str(value) for value in sorted(rows[column].unique()))
+        for column in ("cpu", "batch", "length", "threads")
+    )
+    return f"{engines} engine{'s' * (engines > 1)} on {cpu}, batch {batch} × {length} tokens, {threads} threads"
+
+
 def signed(found: Interval, unit: str = "points") -> str:
     """A difference as the reader sees it, with its interval: "+1.2 points (+0.3 to +2.0)"."""
     spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ", a single pair"

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.block_movement import headline_shape
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, leads, seeds_of, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, leads, seeds_of, timed_on, verdict
 from lib.data import TASKS
 from lib.intervals import bootstrap_interval
 from lib.models import ARCHITECTURES
@@ -53,11 +53,8 @@ def _speed(speed: pd.DataFrame) -> dict[str, str]:
     rows = speed[speed["checkpoint"] == headline_shape().checkpoint] if len(speed) else speed
     if rows.empty:
         return verdict(claim, "speed", f"{printed:.1f} ×", NOT_RUN, None, "")
-    row, ratios = rows.iloc[0], rows["ours"]
-    evidence = (
-        f"{rows['engine'].nunique()} engines on {row['cpu']}, batch {row['batch']} × {row['length']} tokens, "
-        f"{row['threads']} threads, random weights in the published shape; the paper: a GPU, batch 128"
-    )
+    ratios = rows["ours"]
+    evidence = f"{timed_on(rows)}, random weights in the published shape; the paper: a GPU, batch 128"
     ours = f"{ratios.min():.2f} to {ratios.max():.2f} ×"
     return verdict(claim, "speed", f"{printed:.1f} ×", ours, ratios >= SPEED_TOLERANCE * printed, evidence)
 

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from lib.analysis.kronecker import NAMES, complete, exact_sizes, published_retained
-from lib.claims import NOT_RUN, SPEED_TOLERANCE, as_small, leads, retains, seeds_of, verdict
+from lib.claims import NOT_RUN, SPEED_TOLERANCE, as_small, leads, retains, seeds_of, timed_on, verdict
 from lib.data import TASKS
 from lib.published import published
 
@@ -54,15 +54,6 @@ def _smallest_batch(speed: pd.DataFrame, name: str) -> pd.DataFrame:
     return speed[(speed["model"] == name) & (speed["batch"] == 1)] if len(speed) else speed
 
 
-def _conditions(rows: pd.DataFrame) -> str:
-    row = rows.iloc[0]
-    engines = rows["engine"].nunique()
-    return (
-        f"{engines} engine{'s' * (engines > 1)} on {row['cpu']}, batch {row['batch']} × {row['length']} tokens, "
-        f"{row['threads']} threads, random weights"
-    )
-
-
 def _printed_speed(name: str) -> dict[str, float]:
     rows = published("tahaei2021", metric="speedup", method=name)
     return dict(zip(rows["device"], rows["value"], strict=True))
@@ -74,7 +65,7 @@ def _slower(speed: pd.DataFrame) -> dict[str, str]:
     if rows.empty:
         return verdict(claim, "speed", shown, NOT_RUN, None, "")
     ratios = rows["ratio_to_dense"]
-    evidence = f"{_conditions(rows)}; slower on {(ratios < 1).sum()} of them. Published: two phones and a Xeon"
+    evidence = f"{timed_on(rows)}, random weights; slower on {(ratios < 1).sum()} of them. Published: two phones and a Xeon"
     return verdict(claim, "speed", shown, f"{ratios.min():.2f} to {ratios.max():.2f} ×", ratios < 1, evidence)
 
 
@@ -91,7 +82,7 @@ def _faster(speed: pd.DataFrame) -> dict[str, str]:
     return verdict(
         claim, "speed", f"{xeon:.2f} ×", f"{ratios.min():.2f} to {ratios.max():.2f} ×",
         (ratios > 1) & (ratios >= SPEED_TOLERANCE * xeon),
-        f"{_conditions(rows)}; faster on {(ratios > 1).sum()} of them{other}",
+        f"{timed_on(rows)}, random weights; faster on {(ratios > 1).sum()} of them{other}",
     )  # fmt: skip
 
 

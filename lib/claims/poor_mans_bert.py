@@ -5,7 +5,7 @@ import pandas as pd
 
 from lib.analysis import published_retained
 from lib.analysis.poor_mans_bert import with_most_seeds
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, seeds_of, signed, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, seeds_of, signed, timed_on, verdict
 from lib.data import TASKS
 from lib.intervals import bootstrap_interval
 from lib.models import published_parameters
@@ -76,13 +76,8 @@ def _inference(inference: pd.DataFrame) -> dict[str, str]:
     if half.empty:
         return verdict(claim, "speed", f"{printed:.0f} % saved", NOT_RUN, None, "")
     saved = half["time saved (%)"]
-    first = half.iloc[0]
-    evidence = (
-        f"{half['engine'].nunique()} engines on {first['cpu']}, batch {first['batch']} × {first['length']} tokens, "
-        f"{first['threads']} threads"
-    )
     ours = f"{saved.min():.0f} to {saved.max():.0f} % saved"
-    return verdict(claim, "speed", f"{printed:.0f} % saved", ours, saved >= SPEED_TOLERANCE * printed, evidence)
+    return verdict(claim, "speed", f"{printed:.0f} % saved", ours, saved >= SPEED_TOLERANCE * printed, timed_on(half))
 
 
 def _retained(glue: pd.DataFrame, layers: int) -> dict[str, str]:
