@@ -110,9 +110,7 @@ def latency(
     return [_row(name, candidates[name], turns, against[name], conditions) for name in names]
 
 
-def _turn(
-    call: Callable[[Any], Any], inputs: Any, min_seconds: float, clock: Callable[[], float], wake: bool
-) -> float:
+def _turn(call: Callable[[Any], Any], inputs: Any, min_seconds: float, clock: Callable[[], float], wake: bool) -> float:
     """Median milliseconds of one candidate's timed calls in one round, an untimed one before them to ``wake`` it."""
     if wake:
         call(inputs)

@@ -33,7 +33,7 @@ from lib.files import write_atomically
 from lib.own_data import is_path
 from lib.plans import MEASURED_FIRST, PLANS, common, make_plan
 from lib.progress import say
-from lib.runs import record_path
+from lib.records import record_path
 from lib.settings import Profile
 from lib.specs import Spec
 

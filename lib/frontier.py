@@ -21,7 +21,7 @@ from lib.experiments import weights_folder
 from lib.files import write_atomically
 from lib.intervals import bootstrap_interval
 from lib.plans.frontier import recipes
-from lib.runs import Record, read_record
+from lib.records import Record, read_record
 from lib.settings import Profile
 from lib.sparse_storage import smallest
 from lib.specs import EngineQualitySpec, TrainSpec, spec_hash

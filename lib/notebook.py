@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from lib import claims, environment
 from lib.config import StudyError, load_profile
 from lib.figures import save_figure
-from lib.runs import Record
+from lib.records import Record
 from lib.settings import Profile
 from lib.tables import Formats, save_table, show
 from lib.training import device, use_bf16

@@ -1,12 +1,11 @@
-"""Records and the cache: one finished run is one JSON file, and nothing is computed twice.
+"""Runs and the cache: nothing is computed twice.
 
 ``ensure(plan, profile)`` returns the records of a plan and computes only those that are missing. A record is written to
-a temporary file, flushed to disk and renamed, so it is whole or absent. A record that cannot be read stops the run and
-is never overwritten. Two processes may share a results folder: each run is guarded by a lock of its own.
+a temporary file, flushed to disk and renamed, so it is whole or absent. Two processes may share a results folder: each
+run is guarded by a lock of its own.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -32,98 +31,13 @@ from lib.config import StudyError, load_profile
 from lib.files import cannot_write, refused_write, write_atomically
 from lib.labels import label
 from lib.progress import duration, say
-from lib.settings import Profile, Strict
+from lib.records import Record, Records, cached, data_read, older_than_start, read_record, record_path
+from lib.settings import Profile
 from lib.specs import Spec, parse_spec, spec_hash
 
 SAME_MODEL = 2.0  # points of score: by how much weights that are trained again may differ from their record
 IN_POINTS = ("score", "accuracy")  # what a model is told apart by, where its run measured it
 SAME_LOSS = 0.05  # the same as a share, of a model that is measured by its loss alone
-
-
-class Record(Strict):
-    """One finished run. ``result`` depends on the spec's kind; times are in seconds, sizes in bytes, scores in percent.
-
-    ``code`` is a digest of the library without comments and docstrings; ``data`` digests the data read, or is None.
-    """
-
-    format: int = 1
-    hash: str
-    spec: Spec
-    result: dict[str, Any]
-    data: str | None
-    code: str
-    commit: str | None
-    created: str
-    seconds: float
-    hardware: dict[str, Any]
-    packages: dict[str, str]
-
-    def __getitem__(self, key: str) -> Any:
-        """``record["score"]`` is ``record.result["score"]``."""
-        return self.result[key]
-
-
-class Records(list[Record]):
-    """Records in plan order; ``missing`` are the specs that were not computed."""
-
-    def __init__(self, records: Iterable[Record], missing: Sequence[Spec] = ()) -> None:
-        super().__init__(records)
-        self.missing = list(missing)
-
-
-def record_path(profile: Profile, spec: Spec) -> Path:
-    """Where the record of a spec lies."""
-    return profile.results / "runs" / f"{spec.kind}-{label(spec)}-{spec_hash(spec)}.json"
-
-
-def read_record(path: Path) -> Record:
-    """Read and validate one record.
-
-    Raises:
-        StudyError: not a record; names the file and what is wrong.
-    """
-    advice = "restore it from version control, or move it away to compute the run again"
-    try:
-        record = Record.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StudyError(f"corrupt record {path}: {where}: {first['msg']}; {advice}") from None
-    except OSError as error:
-        raise StudyError(f"cannot read record {path} ({error.strerror})") from None
-    if record.hash != spec_hash(record.spec):
-        raise StudyError(f"corrupt record {path}: its hash does not belong to its spec; {advice}")
-    return record
-
-
-def cached(profile: Profile, spec: Spec) -> Record | None:
-    """The record of a spec if it exists; checked against the data at hand."""
-    path = record_path(profile, spec)
-    if not path.exists():
-        return None
-    record = read_record(path)
-    if record.hash != spec_hash(spec):
-        raise StudyError(f"corrupt record {path}: it holds run {record.hash}; give it back its own name, or remove it")
-    current = _data_digest(profile, spec, or_none=True)
-    if record.data and current and record.data != current:
-        raise StudyError(
-            f"record {path.name} was made with other data ({record.data}, now {current}); "
-            "give another results folder, or refresh"
-        )
-    return record
-
-
-def _data_digest(profile: Profile, spec: Spec, or_none: bool = False) -> str | None:
-    from lib.data import data_digest
-
-    task, tasks = getattr(spec, "task", None), getattr(spec, "tasks", ())
-    if (task is None and not tasks) or (or_none and spec.data == "hub"):  # type: ignore[union-attr]
-        return None
-    if or_none and spec.data == "local" and profile.data_dir is None and task not in profile.own_tasks:  # type: ignore[union-attr]
-        return None
-    names = tasks or (str(task),)
-    digests = [data_digest(name, spec.data, profile.data_dir) for name in names]  # type: ignore[union-attr]
-    return digests[0] if task else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
 
 
 def ensure(
@@ -209,21 +123,6 @@ def _note_other_code(records: Iterable[Record]) -> None:
         print(f"  {len(other)} of them were made by earlier versions of lib/ ({shown}); refresh computes them again")
 
 
-def older_than_start(records: Mapping[str, Record]) -> list[Record]:
-    """Records made before the run that they begin with, learn from or are informed by, among ``records`` by hash.
-
-    That run was made again, and its model need not be the one that they saw.
-    """
-    older = []
-    for record in records.values():
-        spec = record.spec
-        others = [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]
-        before = [records.get(spec_hash(other)) for other in others if other is not None]
-        if any(other is not None and other.created > record.created for other in before):
-            older.append(record)
-    return older
-
-
 def _note_older(records: Mapping[str, Record]) -> None:
     older = older_than_start(records)
     if older:
@@ -270,7 +169,7 @@ def _run_and_record(profile: Profile, spec: Spec, run: Callable[[], dict[str, An
             raise refusal from None
         raise
     record = Record(
-        hash=spec_hash(spec), spec=spec, result=result, data=_data_digest(profile, spec),
+        hash=spec_hash(spec), spec=spec, result=result, data=data_read(profile, spec),
         code=environment.code_digest(), commit=environment.git_commit(),
         created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - started, 3),
         hardware=environment.hardware() | distributed.description(), packages=environment.packages(),

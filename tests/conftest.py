@@ -30,7 +30,7 @@ from lib.config import ROOT
 from lib.environment import fast_cpu_environment
 from lib.gates import gate_shapes
 from lib.models import load_model, load_tokenizer
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import Spec, spec_hash
 
 torch.set_num_threads(1)  # models this small gain nothing from two, and lose a lot on a busy machine

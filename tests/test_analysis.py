@@ -15,7 +15,7 @@ from lib.claims import structured_qa as structured_claims
 from lib.compressors import CompressorSpec
 from lib.config import StudyError
 from lib.distillation import Distillation
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import (
     ContributionSpec,
     LatencyModel,

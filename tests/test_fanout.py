@@ -22,7 +22,8 @@ from lib import execute, fanout
 from lib.config import ROOT, load_profile
 from lib.plans import contributions
 from lib.plans.structured_qa import pruned
-from lib.runs import ensure, record_path
+from lib.records import record_path
+from lib.runs import ensure
 from lib.specs import dense_spec, parse_spec, spec_hash
 
 SNAKEMAKE = importlib.util.find_spec("snakemake") or shutil.which("snakemake")

@@ -23,7 +23,8 @@ from lib.labels import label
 from lib.plans import fullyqt as plan
 from lib.plans import make_plan
 from lib.quantized_layers import PARTS
-from lib.runs import Record, ensure
+from lib.records import Record
+from lib.runs import ensure
 from lib.specs import EngineQualitySpec, Spec, TranslationLatencySpec, TranslationSpec, dense_spec, spec_hash
 
 DELAY = 0.25

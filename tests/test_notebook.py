@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lib import notebook
 from lib.config import StudyError, load_profile
 from lib.figures import new_figure
-from lib.runs import Record
+from lib.records import Record
 from lib.settings import Profile
 from lib.specs import ContributionSpec, spec_hash
 from lib.training import device

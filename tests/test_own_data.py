@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from lib import data, execute, notebook_parameters, runs
+from lib import data, execute, notebook_parameters, records, runs
 from lib.config import StudyError, load_profile
 from lib.data import data_digest, load_task
 from lib.specs import data_source, dense_spec
@@ -158,4 +158,4 @@ def test_a_run_on_an_own_file_ends_in_a_record_that_other_contents_do_not_reuse(
     topics(path, rows=40)
     profile = load_profile(command[2], tasks=[str(path)])
     with pytest.raises(StudyError, match="was made with other data"):
-        runs.cached(profile, dense_spec(profile, "topics", 0))
+        records.cached(profile, dense_spec(profile, "topics", 0))

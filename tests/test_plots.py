@@ -14,7 +14,7 @@ from lib.config import StudyError
 from lib.plots import frontier as frontier_plots
 from lib.plots.obert import speed_figure
 from lib.plots.structured_qa import ORDER, recovery_figure, selection_figure
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import LatencyModel, LatencySpec
 
 DENSE = LatencyModel(architecture="bert-base-uncased")

@@ -22,7 +22,8 @@ from lib.config import ROOT, StudyError, load_profile
 from lib.distillation import Distillation
 from lib.labels import label
 from lib.plans.poor_mans_bert import dropped_after, dropped_and_distilled, dropped_before
-from lib.runs import Record, Records, ensure, read_record, record_path
+from lib.records import Record, Records, cached, older_than_start, read_record, record_path
+from lib.runs import ensure
 from lib.settings import Profile
 from lib.specs import (
     ContributionSpec,
@@ -62,7 +63,7 @@ def test_committed_records_are_whole_and_under_their_own_names(profile):
     records = {path: read_record(path) for path in folder.glob("*.json")}
     for path, found in records.items():
         assert record_path(study, found.spec) == path
-    older = runs.older_than_start({found.hash: found for found in records.values()})
+    older = older_than_start({found.hash: found for found in records.values()})
     assert not [label(found.spec) for found in older], "the model that they began with was made again since"
 
 
@@ -75,7 +76,7 @@ def test_a_run_whose_start_was_made_again_is_named(profile, capsys):
     ]
     times = ["2026-01-02T00:00:00+00:00", "2026-01-01T00:00:00+00:00", "2025-01-01T00:00:00+00:00"]
     found = {r.hash: r.model_copy(update={"created": time}) for r, time in zip(made, times, strict=True)}
-    assert [r.hash for r in runs.older_than_start(found)] == [made[1].hash]
+    assert [r.hash for r in older_than_start(found)] == [made[1].hash]
     runs._note_older(found)
     assert (
         "1 of them (world_sentiment_dense_seed0) are older than the run that they begin with" in capsys.readouterr().out
@@ -492,7 +493,7 @@ def test_weights_trained_again_must_be_the_recorded_model(profile, monkeypatch, 
         return
     with pytest.raises(StudyError, match=r"world_sentiment_dense_seed0: .* trained again: score .*its record says"):
         experiments.finished_model(profile, spec)
-    assert not folder.exists() and runs.cached(profile, spec) is not None
+    assert not folder.exists() and cached(profile, spec) is not None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pandas as pd
 from lib.config import StudyError
 from lib.intervals import bootstrap_interval
 from lib.published import published
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import LatencySpec, MajoritySpec, TrainingSpeedSpec, TrainSpec
 
 MARGIN = 5.0  # points that a dense score must lie above that of one answer for all for its retained share to say much

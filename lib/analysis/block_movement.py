@@ -11,7 +11,7 @@ from lib.compressors.block_movement import BlockMovement
 from lib.data import TASKS
 from lib.published import published
 from lib.published_shapes import HEADLINE, PublishedShape, published_shapes, shapes_frame
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import TrainSpec, TranslationSpec
 
 AnySpec = TrainSpec | TranslationSpec

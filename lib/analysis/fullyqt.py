@@ -11,7 +11,7 @@ from lib.data import TASKS
 from lib.plans.fullyqt import GUARDS
 from lib.published import published
 from lib.quantized_layers import PARTS
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import EngineQualitySpec, TrainSpec, TranslationLatencySpec, TranslationSpec
 
 # How a model came to its bits.

@@ -11,7 +11,7 @@ from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes
 from lib.models import ARCHITECTURES
 from lib.plans.kronecker import encoder_shapes, variant_of
 from lib.published import published
-from lib.runs import Record
+from lib.records import Record
 from lib.settings import Profile
 from lib.specs import FactorisationSpec, TextDistillationSpec, TrainSpec
 

@@ -13,7 +13,7 @@ from lib.config import StudyError
 from lib.data import TASKS
 from lib.models import ARCHITECTURES, layer_count
 from lib.published import published
-from lib.runs import Record
+from lib.records import Record
 from lib.sparse_storage import smallest
 from lib.specs import LatencySpec, TrainSpec, UpstreamSpec
 

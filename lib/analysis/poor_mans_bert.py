@@ -7,7 +7,7 @@ import pandas as pd
 from lib.analysis import of_same_seed, one_label_scores, uninformative
 from lib.config import StudyError
 from lib.data import TASKS
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import ContributionSpec, TrainSpec
 
 PROCEDURES = {

@@ -12,7 +12,7 @@ from lib.analysis import of_same_seed, one_label_scores, summarise, training_run
 from lib.data import TASKS
 from lib.models import ARCHITECTURES
 from lib.published import published
-from lib.runs import Record
+from lib.records import Record
 from lib.specs import ImportanceSpec, TrainSpec
 from lib.surgery import cut, even_shapes
 

@@ -65,7 +65,9 @@ def _slower(speed: pd.DataFrame) -> dict[str, str]:
     if rows.empty:
         return verdict(claim, "speed", shown, NOT_RUN, None, "")
     ratios = rows["ratio_to_dense"]
-    evidence = f"{timed_on(rows)}, random weights; slower on {(ratios < 1).sum()} of them. Published: two phones and a Xeon"
+    evidence = (
+        f"{timed_on(rows)}, random weights; slower on {(ratios < 1).sum()} of them. Published: two phones and a Xeon"
+    )
     return verdict(claim, "speed", shown, f"{ratios.min():.2f} to {ratios.max():.2f} ×", ratios < 1, evidence)
 
 

@@ -16,7 +16,7 @@ from lib.models import ARCHITECTURES, count_parameters, layer_count
 from lib.plans.common import SPEED_ARCHITECTURES
 from lib.plans.fullyqt import dense_translation
 from lib.published_shapes import HEADLINE, PublishedShape, distinct_shapes, published_shapes
-from lib.runs import Record
+from lib.records import Record
 from lib.settings import Profile
 from lib.specs import (
     LatencyModel,

@@ -15,7 +15,7 @@ from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
 from lib.plans.kronecker import task_stage
 from lib.plans.poor_mans_bert import dropped_and_distilled
 from lib.plans.structured_qa import pruned
-from lib.runs import Record
+from lib.records import Record
 from lib.settings import Profile
 from lib.specs import EngineQualitySpec, LatencyModel, LatencySpec, Spec, TrainSpec, dense_spec, spec_hash
 

@@ -14,7 +14,7 @@ from lib.distillation import Distillation
 from lib.models import ARCHITECTURES, layer_count
 from lib.plans.block_movement import UNSTRUCTURED
 from lib.plans.common import encoder_layers
-from lib.runs import record_path
+from lib.records import record_path
 from lib.settings import Profile
 from lib.specs import (
     FisherCostSpec,

@@ -8,7 +8,8 @@ from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.models import layer_count, load_config
 from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
-from lib.runs import Record, ensure
+from lib.records import Record
+from lib.runs import ensure
 from lib.settings import Profile
 from lib.specs import (
     ContributionSpec,

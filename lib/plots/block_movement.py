@@ -12,7 +12,7 @@ from lib.analysis.block_movement import alive, history_frame, score_counts, surv
 from lib.intervals import bootstrap_interval
 from lib.plots.over_training import cell_edges, density_over_training
 from lib.published_shapes import HEADLINE
-from lib.runs import Record
+from lib.records import Record
 
 PRUNED = ("hybrid", "hybrid-filled", "hybrid-top-k", "block", "struct", "movement", "magnitude", "hybrid-large",
           "hybrid-large-filled")  # fmt: skip

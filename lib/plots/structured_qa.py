@@ -12,7 +12,7 @@ from lib.analysis.structured_qa import gate_counts, gate_history
 from lib.config import StudyError
 from lib.gates import CLOSED_BELOW
 from lib.plots.over_training import density_over_training
-from lib.runs import Record
+from lib.records import Record
 
 ORDER = ("none", "retrain", "distil", "retrain and distil")
 SHADES = (figures.BLUE, figures.VERMILION, figures.GREEN, figures.PURPLE)
