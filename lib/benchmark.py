@@ -62,7 +62,7 @@ def latency(
 
     A candidate's turn is one untimed call, which brings its weights back into the caches and its threads out of
     sleep, then timed calls until ``min_seconds`` are spent; the turn's value is their median. Calls that take longer
-    than ``LONG_CALL`` in the warm-up are timed at once: waking up costs them less than a hundredth.
+    than ``LONG_CALL`` are warmed up once and timed at once: waking up costs them less than a hundredth.
 
     Args:
         candidates: name -> prepared engine, or any function of a batch.
@@ -102,6 +102,7 @@ def latency(
                 calls[name](inputs)
                 if clock() - start > LONG_CALL:
                     long.add(name)
+                    break
         for _ in range(rounds):
             shuffler.shuffle(order)
             for name in order:
