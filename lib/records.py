@@ -1,0 +1,119 @@
+"""Records: one finished run is one JSON file, which says what was run, with what, and what came out.
+
+A record that cannot be read, or was made with other data than those at hand, is an error and never overwritten. How
+missing ones are computed is in ``lib.runs``.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lib.config import StudyError
+from lib.labels import label
+from lib.settings import Profile, Strict
+from lib.specs import Spec, spec_hash
+
+
+class Record(Strict):
+    """One finished run. ``result`` depends on the spec's kind; times are in seconds, sizes in bytes, scores in percent.
+
+    ``code`` is a digest of the library without comments and docstrings; ``data`` digests the data read, or is None.
+    """
+
+    format: int = 1
+    hash: str
+    spec: Spec
+    result: dict[str, Any]
+    data: str | None
+    code: str
+    commit: str | None
+    created: str
+    seconds: float
+    hardware: dict[str, Any]
+    packages: dict[str, str]
+
+    def __getitem__(self, key: str) -> Any:
+        """``record["score"]`` is ``record.result["score"]``."""
+        return self.result[key]
+
+
+class Records(list[Record]):
+    """Records in plan order; ``missing`` are the specs that were not computed."""
+
+    def __init__(self, records: Iterable[Record], missing: Sequence[Spec] = ()) -> None:
+        super().__init__(records)
+        self.missing = list(missing)
+
+
+def record_path(profile: Profile, spec: Spec) -> Path:
+    """Where the record of a spec lies."""
+    return profile.results / "runs" / f"{spec.kind}-{label(spec)}-{spec_hash(spec)}.json"
+
+
+def read_record(path: Path) -> Record:
+    """Read and validate one record.
+
+    Raises:
+        StudyError: not a record; names the file and what is wrong.
+    """
+    advice = "restore it from version control, or move it away to compute the run again"
+    try:
+        record = Record.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise StudyError(f"corrupt record {path}: {where}: {first['msg']}; {advice}") from None
+    except OSError as error:
+        raise StudyError(f"cannot read record {path} ({error.strerror})") from None
+    if record.hash != spec_hash(record.spec):
+        raise StudyError(f"corrupt record {path}: its hash does not belong to its spec; {advice}")
+    return record
+
+
+def cached(profile: Profile, spec: Spec) -> Record | None:
+    """The record of a spec if it exists; checked against the data at hand."""
+    path = record_path(profile, spec)
+    if not path.exists():
+        return None
+    record = read_record(path)
+    if record.hash != spec_hash(spec):
+        raise StudyError(f"corrupt record {path}: it holds run {record.hash}; give it back its own name, or remove it")
+    current = data_read(profile, spec, or_none=True)
+    if record.data and current and record.data != current:
+        raise StudyError(
+            f"record {path.name} was made with other data ({record.data}, now {current}); "
+            "give another results folder, or refresh"
+        )
+    return record
+
+
+def data_read(profile: Profile, spec: Spec, or_none: bool = False) -> str | None:
+    """Digest of the data that a run reads; None if it reads none, and with ``or_none`` where they are not at hand."""
+    from lib.data import data_digest
+
+    task, tasks = getattr(spec, "task", None), getattr(spec, "tasks", ())
+    if (task is None and not tasks) or (or_none and spec.data == "hub"):  # type: ignore[union-attr]
+        return None
+    if or_none and spec.data == "local" and profile.data_dir is None and task not in profile.own_tasks:  # type: ignore[union-attr]
+        return None
+    names = tasks or (str(task),)
+    digests = [data_digest(name, spec.data, profile.data_dir) for name in names]  # type: ignore[union-attr]
+    return digests[0] if task else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
+
+
+def older_than_start(records: Mapping[str, Record]) -> list[Record]:
+    """Records made before the run that they begin with, learn from or are informed by, among ``records`` by hash.
+
+    That run was made again, and its model need not be the one that they saw.
+    """
+    older = []
+    for record in records.values():
+        spec = record.spec
+        others = [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]
+        before = [records.get(spec_hash(other)) for other in others if other is not None]
+        if any(other is not None and other.created > record.created for other in before):
+            older.append(record)
+    return older
