@@ -130,8 +130,14 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
     front = frontier.pareto(means.assign(slowness=-means["speed"]), "slowness", "retained")
     look = {"color": figures.GREY, "linewidth": 0.8, "zorder": 0, "label": "Pareto front"}
     ax.step(front["speed"], front["retained"], where="post", **look)  # from the fastest on: what at least x times keeps
-    for row in front.to_dict("records"):
-        ax.annotate(row["recipe"], (row["speed"], row["retained"]), (4, 3), textcoords="offset points", fontsize=6)
+    named = front.sort_values("speed").drop_duplicates("recipe", keep="last")
+    crowded = (named["speed"].diff(-1).abs() < 0.1 * means["speed"].max()) & (named["retained"].diff(-1).abs() < 0.5)
+    blank = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
+    line = {"arrowstyle": "-", "linewidth": 0.4, "color": figures.GREY}
+    for row, near in zip(named.to_dict("records"), crowded, strict=True):  # near the next: below, on a line of its own
+        place = {"xytext": (-2, -20), "ha": "right", "arrowprops": line} if near else {"xytext": (4, 3)}
+        at = (row["speed"], row["retained"])
+        ax.annotate(row["recipe"], at, textcoords="offset points", fontsize=6, bbox=blank, **place)
     ax.plot(*zip(*aims, strict=True), "x", color=figures.VERMILION, label="the aims")
     ax.set(xlabel=x, ylabel="score retained (%)")
     figures.retained_line(ax, 100)
