@@ -150,8 +150,6 @@ def unavailable_reason(engine: str) -> str | None:
             return f"not available: package {package} is not installed"
     if entry.device == "cuda" and not torch.cuda.is_available():
         return "not available: no CUDA device"
-    if engine == "pytorch-bsr-fp32" and not torch.backends.mkl.is_available():
-        return "not available: this build of PyTorch has no MKL, which multiplies block-sparse matrices"
     if entry.precision == "bf16" and not native_bf16(entry.device):
         return f"not available: this {entry.device.upper()} has no bf16 instructions and would only emulate them"
     return entry.check()
@@ -221,6 +219,12 @@ def _prepare_block_sparse(job: _Job) -> tuple[Run, int, str]:
     converted, total = to_block_sparse(model)
     runs_on = f"PyTorch {torch.__version__}, CPU, {converted} of {total} matrices block-sparse"
     return _pytorch_run(model, job.threads, "cpu"), stored_bytes(model), runs_on
+
+
+def _no_mkl() -> str | None:
+    if torch.backends.mkl.is_available():
+        return None
+    return "not available: this build of PyTorch has no MKL, which multiplies block-sparse matrices"
 
 
 def _bf16_unit(job: _Job, device: str) -> str:
@@ -333,7 +337,7 @@ SPARSE_FROM = 0.5  # OpenVINO unpacks the weights of layers at least this sparse
 _TABLE: dict[str, _Engine] = {
     "pytorch-fp32": _Engine("fp32", "cpu", (), _prepare_pytorch),
     "pytorch-bf16": _Engine("bf16", "cpu", (), _prepare_pytorch),
-    "pytorch-bsr-fp32": _Engine("fp32", "cpu", (), _prepare_block_sparse),
+    "pytorch-bsr-fp32": _Engine("fp32", "cpu", (), _prepare_block_sparse, _no_mkl),
     "onnxruntime-fp32": _Engine("fp32", "cpu", ("onnxscript", "onnxruntime"), _prepare_onnxruntime),
     "onnxruntime-int8": _Engine("int8", "cpu", ("onnxscript", "onnxruntime"), _prepare_onnxruntime),
     "openvino-fp32": _Engine("fp32", "cpu", ("onnxscript", "openvino"), _prepare_openvino),
