@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Strict(BaseModel):
@@ -232,7 +232,8 @@ class KroneckerSettings(Strict):
 class FrontierSettings(Strict):
     """The compounds of notebook 08: every number of layers dropped with every operating point (heads, units) kept.
 
-    ``[1, 1]`` prunes no head or unit. ``block_movement`` adds notebook 04's hybrid model at its first strength, filled,
+    ``[1, 1]`` prunes no head or unit. ``distilled_longer`` adds single compounds that are distilled for epochs of their
+    own: (layers dropped, heads kept, units kept, epochs). ``block_movement`` adds notebook 04's hybrid model at its first strength, filled,
     and ``kronecker`` these configurations of notebook 07. Quality is measured on ``task`` through ``engines``, latency
     at ``batch`` and ``length`` against the dense model on ``reference``.
     """
@@ -240,6 +241,7 @@ class FrontierSettings(Strict):
     task: str
     layers_dropped: tuple[int, ...] = Field(min_length=1)
     operating_points: tuple[tuple[Density, Density], ...] = Field(min_length=1)
+    distilled_longer: tuple[tuple[NonNegativeInt, Density, Density, PositiveFloat], ...]
     block_movement: bool
     kronecker: tuple[Configuration, ...]
     engines: tuple[str, ...] = Field(min_length=1)

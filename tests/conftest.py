@@ -188,7 +188,7 @@ def small_profile(results: Path) -> dict[str, Any]:
                            "half_tasks": [], "speed_engines": ["pytorch-fp32"], "speed_k": [2],
                            "ablation_k": [2], "ablation_tasks": []},
         "frontier": {"task": "world_qa", "layers_dropped": [0, 2], "operating_points": [[1, 1]],
-                     "block_movement": False, "kronecker": [], "engines": ["onnxruntime-int8"],
+                     "distilled_longer": [], "block_movement": False, "kronecker": [], "engines": ["onnxruntime-int8"],
                      "reference": "pytorch-fp32", "batch": 1, "length": 16},
         "kronecker": {
             "configurations": ["kron8"], "untrained": ["kron8"], "tasks": ["world_sentiment"], "epoch_factor": 1,

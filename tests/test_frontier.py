@@ -16,6 +16,7 @@ from lib.runs import ensure
 from lib.specs import EngineQualitySpec, TrainSpec, dense_spec
 from lib.surgery import load_compressed
 
+LONGER = "2 layers dropped; 50 % heads, 25 % units cut; 2 epochs"
 QA = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "max_length": 64, "stride": 16, "train_examples": 24,
       "eval_examples": 8}  # fmt: skip
 
@@ -46,6 +47,20 @@ def test_names_of_recipes():
     assert recipe_name(0, 1.0, 1.0) == "dense"
     assert recipe_name(1, 1.0, 1.0) == "1 layer dropped"
     assert recipe_name(2, 0.474, 0.348) == "2 layers dropped; 53 % heads, 65 % units cut"
+    assert recipe_name(2, 0.5, 0.75, 2.0) == LONGER
+
+
+def test_a_longer_distillation_changes_its_own_epochs_alone(series):
+    study, records, _ = series
+    made = plans.recipes(study, 0)
+    longer, plain = made[LONGER], made["2 layers dropped; 50 % heads, 50 % units cut"]
+    assert (longer.training.epochs, plain.training.epochs) == (2, study.structured_pruning.retrain_epochs)
+    assert longer.start == plain.start and longer.distillation == plain.distillation
+    steps = {record.hash: record["training"]["steps"] for record in records if "training" in record.result}
+    assert steps[frontier.spec_hash(longer)] == 2 * steps[frontier.spec_hash(plain)]
+    changes = {"distilled_longer": ((2, 1.0, 1.0, 2.0),)}
+    with pytest.raises(StudyError, match="distilled_longer: .* cuts nothing"):
+        plans.recipes(study.model_copy(update={"frontier": study.frontier.model_copy(update=changes)}), 0)
 
 
 @pytest.mark.parametrize(("point", "densities"), [((1, 0.5), {"units": 0.5}), ((0.5, 1), {"heads": 0.5})])
@@ -65,6 +80,7 @@ def series(tmp_path_factory):
     values = small_profile(folder / "results")
     values["tasks"] = {"world_qa": QA}
     values["frontier"] |= {"operating_points": [[1, 1], [0.5, 0.5]], "block_movement": True, "kronecker": ["kron8"]}
+    values["frontier"]["distilled_longer"] = [[2, 0.5, 0.75, 2]]
     (folder / "tiny.yaml").write_text(safe_dump(values), encoding="utf-8")
     study = load_profile(folder / "tiny.yaml")
     records = ensure(plans.frontier(study), study)
@@ -74,7 +90,7 @@ def series(tmp_path_factory):
 def test_compounds_are_trained_measured_and_timed(series):
     study, records, timed = series
     names = list(plans.recipes(study, 0))
-    assert len(names) == 6 and names[0] == "dense" and names[4:] == [HYBRID, f"{FACTORS}kron8"]
+    assert len(names) == 7 and names[0] == "dense" and names[4:] == [LONGER, HYBRID, f"{FACTORS}kron8"]
     rows = frontier.recipe_frame(study, records, timed)
     assert rows["recipe"].tolist() == names and (rows["speed"] > 0).all() and (rows["size (MB)"] > 0).all()
     dense = next(record for record in records if record.hash == frontier.spec_hash(dense_spec(study, "world_qa", 0)))
@@ -163,10 +179,9 @@ def test_quality_on_an_engine_is_that_of_the_model(series):
     assert on_engine["score"] == pytest.approx(trained["score"])
 
 
-@pytest.mark.parametrize(("recipe", "layers"), [(3, 2), (4, 4), (5, 4)])
-def test_export_is_a_folder_that_loads(series, recipe, layers):
+@pytest.mark.parametrize(("name", "layers"), [(LONGER, 2), (HYBRID, 4), (f"{FACTORS}kron8", 4)])
+def test_export_is_a_folder_that_loads(series, name, layers):
     study, _, _ = series
-    name = list(plans.recipes(study, 0))[recipe]
     folder = frontier.export(study, name, {"engine": "onnxruntime-int8"})
     model, tokenizer = load_compressed(folder)
     assert len(model.bert.encoder.layer) == layers and tokenizer is not None
@@ -178,7 +193,7 @@ def test_export_is_a_folder_that_loads(series, recipe, layers):
 def test_too_many_layers_dropped_is_one_line(series):
     study, _, _ = series
     wrong = study.model_copy(update={"frontier": study.frontier.model_copy(update={"layers_dropped": (4,)})})
-    with pytest.raises(StudyError, match="layers_dropped: 4 is impossible with 4 layers; give 0 to 3"):
+    with pytest.raises(StudyError, match="4 layers dropped is impossible with 4 layers; give 0 to 3"):
         plans.frontier(wrong)
 
 

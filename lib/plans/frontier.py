@@ -24,11 +24,13 @@ HYBRID = "hybrid blocks, filled"
 FACTORS = "Kronecker factors: "  # and the configuration
 
 
-def recipe_name(dropped: int, heads: float, units: float) -> str:
-    """What a recipe takes away, for tables and legends."""
+def recipe_name(dropped: int, heads: float, units: float, epochs: float | None = None) -> str:
+    """What a recipe takes away, for tables and legends; ``epochs`` when it is distilled for longer than the others."""
     parts = [f"{dropped} layer{'s' if dropped > 1 else ''} dropped"] if dropped else []
     if (heads, units) != UNTOUCHED:
         parts.append(f"{100 * (1 - heads):.0f} % heads, {100 * (1 - units):.0f} % units cut")
+    if epochs is not None:
+        parts.append(f"{epochs:g} epochs")
     return "; ".join(parts) or "dense"
 
 
@@ -36,30 +38,37 @@ def recipes(profile: Profile, seed: int) -> dict[str, TrainSpec]:
     """Name -> the run that ends in the recipe's model; the dense model is the first.
 
     Raises:
-        StudyError: as many layers dropped as the encoder has.
+        StudyError: as many layers dropped as the encoder has; longer distillation of a model that is not cut.
     """
-    settings, n = profile.frontier, encoder_layers(profile)
-    made: dict[str, TrainSpec] = {}
-    for dropped in settings.layers_dropped:
-        if not 0 <= dropped < n:
-            raise StudyError(f"frontier.layers_dropped: {dropped} is impossible with {n} layers; give 0 to {n - 1}")
-        base = dense_spec(profile, settings.task, seed)
-        if dropped:
-            base = dropped_and_distilled(profile, settings.task, seed, layers_to_drop("top", dropped, n))
-        for heads, units in settings.operating_points:
-            name = recipe_name(dropped, heads, units)
-            if (heads, units) == UNTOUCHED:
-                made[name] = base
-            else:
-                both = {kind: share for kind, share in (("heads", heads), ("units", units)) if share < 1}
-                parent = base if dropped else None
-                made[name] = pruned(profile, settings.task, seed, both, "l0", "retrain and distil", parent)
+    settings = profile.frontier
+    grid = [(dropped, *point, None) for dropped in settings.layers_dropped for point in settings.operating_points]
+    compounds: list[tuple[int, float, float, float | None]] = [*grid, *settings.distilled_longer]
+    made = {recipe_name(*compound): _compound(profile, seed, *compound) for compound in compounds}
     if settings.block_movement:
         strength = profile.block_movement.strengths[0]
         made[HYBRID] = filled(profile, pruned_in_blocks(profile, settings.task, seed, "hybrid", strength))
     for name in settings.kronecker:
         made[FACTORS + name] = task_stage(profile, settings.task, seed, name)
     return made
+
+
+def _compound(
+    profile: Profile, seed: int, dropped: int, heads: float, units: float, epochs: float | None
+) -> TrainSpec:
+    """Layers dropped, then gates on what is left, then distillation for so many epochs (None: as notebook 02 does)."""
+    task, n = profile.frontier.task, encoder_layers(profile)
+    if not 0 <= dropped < n:
+        raise StudyError(f"frontier: {dropped} layers dropped is impossible with {n} layers; give 0 to {n - 1}")
+    base = dense_spec(profile, task, seed)
+    if dropped:
+        base = dropped_and_distilled(profile, task, seed, layers_to_drop("top", dropped, n))
+    both = {kind: share for kind, share in (("heads", heads), ("units", units)) if share < 1}
+    if not both and epochs is not None:
+        raise StudyError("frontier.distilled_longer: [1, 1] cuts nothing that could be distilled for longer; keep less")
+    if not both:
+        return base
+    parent = base if dropped else None
+    return pruned(profile, task, seed, both, "l0", "retrain and distil", parent, epochs)
 
 
 def frontier(profile: Profile) -> list[Spec]:

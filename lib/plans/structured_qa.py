@@ -48,7 +48,8 @@ def importance(profile: Profile, task: str, seed: int, method: str) -> Importanc
 
 
 def pruned(profile: Profile, task: str, seed: int, densities: Densities, selection: str,
-           recovery: str | None = None, parent: TrainSpec | None = None) -> TrainSpec:  # fmt: skip
+           recovery: str | None = None, parent: TrainSpec | None = None,
+           epochs: float | None = None) -> TrainSpec:  # fmt: skip
     """Cut a finished model to these densities at once, and then train it no further or in some way.
 
     Args:
@@ -56,6 +57,7 @@ def pruned(profile: Profile, task: str, seed: int, densities: Densities, selecti
             "random", or "magnitude-iterative" (magnitude, a little at a time during training).
         recovery: one of ``RECOVERIES``; the teacher is the dense model.
         parent: as in ``gate_training``; for the selections "l0", "l0-joint", "magnitude" and "random".
+        epochs: of the recovery; None takes the profile's ``retrain_epochs``.
     """
     settings, teacher = profile.structured_pruning, dense_spec(profile, task, seed)
     start = parent or teacher
@@ -71,8 +73,8 @@ def pruned(profile: Profile, task: str, seed: int, densities: Densities, selecti
         informed = (gate_training(profile, task, seed, densities, parent),)
     else:
         informed = (importance(profile, task, seed, selection.replace("-", "_")),)
-    epochs = settings.retrain_epochs if recovery else 0
-    changes = {"epochs": epochs} | ({"learning_rate": settings.retrain_learning_rate} if recovery else {})
+    trained = (epochs or settings.retrain_epochs) if recovery else 0
+    changes = {"epochs": trained} | ({"learning_rate": settings.retrain_learning_rate} if recovery else {})
     update: dict[str, Any] = {
         "compressor": CompressorSpec(name="structured", settings=choice), "start": start, "informed_by": informed,
         "training": training_settings(profile, task, **changes),
