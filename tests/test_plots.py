@@ -1,5 +1,6 @@
 """Figures of single papers from hand-made frames: uneven records neither stop them nor bend what they show."""
 
+import itertools
 import math
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_the_recipes_on_the_front_are_named():
     (front,) = [line for line in fig.axes[0].lines if line.get_label() == "Pareto front"]
     assert front.get_xydata().tolist() == [[6, 97], [3, 100]]
     assert front.get_drawstyle() == "steps-post", "between three and six times faster 97 % is what one can have"
+
+
+def test_names_of_neighbours_on_the_front_do_not_cover_each_other():
+    rows = [("alone", 12.0, 86.0), ("two layers dropped and units cut", 7.0, 98.6), ("two layers dropped", 7.6, 98.4)]
+    means = pd.DataFrame(rows, columns=["recipe", "speed", "retained"]).assign(
+        engine="openvino-int8", low=float("nan"), high=float("nan")
+    )
+    fig = frontier_plots.recipes_on_engines(means, ((29, 92.5),), "speed")
+    fig.canvas.draw()
+    boxes = [text.get_window_extent() for text in fig.axes[0].texts]
+    assert len(boxes) == 3 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_the_shown_task_has_pruned_runs_beside_a_dense_one():

@@ -52,9 +52,7 @@ def recipes(profile: Profile, seed: int) -> dict[str, TrainSpec]:
     return made
 
 
-def _compound(
-    profile: Profile, seed: int, dropped: int, heads: float, units: float, epochs: float | None
-) -> TrainSpec:
+def _compound(profile: Profile, seed: int, dropped: int, heads: float, units: float, epochs: float | None) -> TrainSpec:
     """Layers dropped, then gates on what is left, then distillation for so many epochs (None: as notebook 02 does)."""
     task, n = profile.frontier.task, encoder_layers(profile)
     if not 0 <= dropped < n:
