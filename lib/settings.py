@@ -233,9 +233,9 @@ class FrontierSettings(Strict):
     """The compounds of notebook 08: every number of layers dropped with every operating point (heads, units) kept.
 
     ``[1, 1]`` prunes no head or unit. ``distilled_longer`` adds single compounds that are distilled for epochs of their
-    own: (layers dropped, heads kept, units kept, epochs). ``block_movement`` adds notebook 04's hybrid model at its first strength, filled,
-    and ``kronecker`` these configurations of notebook 07. Quality is measured on ``task`` through ``engines``, latency
-    at ``batch`` and ``length`` against the dense model on ``reference``.
+    own: (layers dropped, heads kept, units kept, epochs). ``block_movement`` adds notebook 04's hybrid model at its
+    first strength, filled, and ``kronecker`` these configurations of notebook 07. Quality is measured on ``task``
+    through ``engines``, latency at ``batch`` and ``length`` against the dense model on ``reference``.
     """
 
     task: str

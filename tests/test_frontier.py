@@ -59,7 +59,7 @@ def test_a_longer_distillation_changes_its_own_epochs_alone(series):
     steps = {record.hash: record["training"]["steps"] for record in records if "training" in record.result}
     assert steps[frontier.spec_hash(longer)] == 2 * steps[frontier.spec_hash(plain)]
     changes = {"distilled_longer": ((2, 1.0, 1.0, 2.0),)}
-    with pytest.raises(StudyError, match="distilled_longer: .* cuts nothing"):
+    with pytest.raises(StudyError, match=r"distilled_longer: .* cuts nothing"):
         plans.recipes(study.model_copy(update={"frontier": study.frontier.model_copy(update=changes)}), 0)
 
 
