@@ -90,6 +90,8 @@ def _override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     if key == "seeds" and isinstance(value, list | tuple):
         for settings in (*values["tasks"].values(), *(values.get("translation") or {}).values()):
             settings["seeds"] = len(value)
+        if isinstance(values.get("structured_pruning"), dict):
+            values["structured_pruning"]["seeds"] = {}
     if key in ("data_dir", "results"):
         value = Path(value).expanduser().absolute()
     target, *rest = key.split(".")
@@ -151,6 +153,10 @@ def _validated(values: dict[str, Any], file: str) -> Profile:
             )
         if model.seeds > len(profile.seeds):
             raise StudyError(f"{file}: translation.{task}.seeds: found {model.seeds}, only {len(profile.seeds)} listed")
+    for task, number in profile.structured_pruning.seeds.items():
+        if number > len(profile.seeds):
+            listed = f"only {len(profile.seeds)} listed"
+            raise StudyError(f"{file}: structured_pruning.seeds.{task}: found {number}, {listed}")
     quantized = profile.fully_quantized
     for task in (*quantized.tasks, *quantized.scratch, quantized.ablation_task, quantized.speed_task):
         if task not in profile.translation:

@@ -133,11 +133,13 @@ PrunedDensity = Annotated[float, Field(gt=0, lt=1)]  # gates that all stay open 
 class StructuredPruningSettings(Strict):
     """The runs of notebook 02. Densities are shares kept; a point is (heads, units).
 
-    The first task of ``tasks`` gets every selection and density, the others the operating points. Speed is measured at
-    ``speed_shape`` with ``speed_length`` tokens.
+    The first task of ``tasks`` gets every selection and density, the others the operating points. ``seeds`` are those
+    of tasks that run with more (or fewer) here than elsewhere. Speed is measured at ``speed_shape`` with
+    ``speed_length`` tokens.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
+    seeds: dict[str, PositiveInt]
     head_densities: tuple[PrunedDensity, ...]
     unit_densities: tuple[PrunedDensity, ...]
     operating_points: tuple[tuple[PrunedDensity, PrunedDensity], ...]

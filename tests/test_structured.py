@@ -20,7 +20,7 @@ from lib.data import TASKS, load_task
 from lib.engines import prepare
 from lib.gates import CLOSED_BELOW, KINDS, Gates, gates_at_test, probability_open
 from lib.models import count_parameters, layer_parts, layers, load_model
-from lib.plans.structured_qa import gate_training, pruned
+from lib.plans.structured_qa import gate_training, pruned, structured_qa
 from lib.runs import ensure
 from lib.settings import Profile
 from lib.specs import dense_spec
@@ -699,6 +699,16 @@ def test_a_run_may_begin_with_a_pruned_one(profile):
     assert record["model"] == pruned_record["model"] and record["training"]["steps"] > 0
     shapes = layer_shapes(experiments.finished_model(profile, onward)[0])
     assert [shape["units"] for shape in shapes] == pruned_record["compression"]["kept"]["units"]
+
+
+def test_a_task_may_have_seeds_of_its_own_here_unless_all_are_given():
+    study = load_profile("study", tasks=["squad_v1", "squad_v2"])
+    changes = {"seeds": {"squad_v1": 2}, "tasks": ("squad_v1", "squad_v2")}
+    more = study.model_copy(update={"structured_pruning": study.structured_pruning.model_copy(update=changes)})
+    found = {task: {spec.seed for spec in structured_qa(more) if spec.task == task} for task in study.tasks}
+    assert found == {"squad_v1": {0, 1}, "squad_v2": {0}} and study.task_seeds("squad_v1") == (0,)
+    one = load_profile("study", tasks=["squad_v1"], seeds=[5])
+    assert {spec.seed for spec in structured_qa(one)} == {5}
 
 
 def test_every_selection_gives_a_model_of_the_asked_size(profile):
