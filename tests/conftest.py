@@ -232,8 +232,9 @@ def small_profile(results: Path) -> dict[str, Any]:
         },
         "structured_pruning": {
             "tasks": ["world_qa"], "seeds": {}, "head_densities": [0.5], "unit_densities": [0.5],
-            "operating_points": [[0.5, 0.5]], "embedding_densities": [], "gate_epochs": 1, "gate_batch_size": 8, "retrain_epochs": 1,
-            "retrain_learning_rate": 1e-3, "gain_examples": 8, "leave_one_out_examples": 4, "speed_shape": "tiny",
-            "speed_engines": ["pytorch-fp32"], "speed_points": [[0.5, 0.5]], "speed_batches": [1], "speed_length": 16,
+            "operating_points": [[0.5, 0.5]], "embedding_densities": [], "gate_epochs": 1, "gate_batch_size": 8,
+            "retrain_epochs": 1, "retrain_learning_rate": 1e-3, "gain_examples": 8, "leave_one_out_examples": 4,
+            "speed_shape": "tiny", "speed_engines": ["pytorch-fp32"], "speed_points": [[0.5, 0.5]],
+            "speed_batches": [1], "speed_length": 16,
         },
     }  # fmt: skip

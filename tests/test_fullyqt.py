@@ -17,6 +17,7 @@ from lib.analysis.fullyqt import (
     quantized_frame,
     translation_latency_frame,
 )
+from lib.claims import NOT_CLAIMED
 from lib.claims import fullyqt as claims_of
 from lib.config import StudyError, load_profile
 from lib.labels import label
@@ -56,7 +57,7 @@ def records(profile, eight: float = 29.9, six: float = 29.8, six_post: float = 2
         for bits, aware, post in ((8, eight, eight), (6, six, six_post), (4, four, four - 6)):
             made += [scored(plan.aware(profile, TASK, seed, bits), aware, 125 * bits)]
             made += [scored(plan.post_training(profile, TASK, seed, bits), post, 125 * bits)]
-        made += [scored(plan.from_scratch(profile, TASK, seed, 8, DELAY), scratch)]
+        made += [scored(plan.from_scratch(profile, TASK, seed, bits, DELAY), scratch) for bits in (8, 6)]
         made += [scored(plan.from_scratch(profile, TASK, seed, 8, 0.0), 1.0)]
         for taken in plan.GUARDS.values():
             naive = plan.from_scratch(profile, TASK, seed, 8, 0.0, **taken, watch=True)
@@ -73,7 +74,7 @@ def test_the_plan_begins_with_the_dense_model_and_holds_everything(profile):
     # per seed: 3 + 3 post-training of each kind of guard and bucketing, 6 parts; 3 aware and one without bucketing
     assert kinds == {"dense": 2, "control": 2, "post": 2 * (3 * 3 + 6), "aware": 2 * 4, "naive": 2 * 3, "scratch": 6}
     qa = [spec for spec in specs if spec.task == "world_qa"]
-    assert [type(spec).__name__ for spec in qa].count("EngineQualitySpec") == 1 and len(qa) == 1 + 4 + 1 + 1 + 2
+    assert [type(spec).__name__ for spec in qa].count("EngineQualitySpec") == 1 and len(qa) == 1 + 4 + 1 + 6 + 1 + 2
     assert all("quantization" in label(spec) or "dense" in label(spec) for spec in qa)
 
 
@@ -120,7 +121,7 @@ def test_everything_leaves_ablations_out(profile):
     rows += [scored(plan.post_training(profile, TASK, 0, 8, denominator_guard=False), 7.0)]
     whole = everything(quantized_frame(rows), DELAY)
     assert set(whole["procedure"]) == {"post", "aware", "scratch"} and whole["score"].min() == 6.0
-    assert len(whole) == 2 * (3 + 3 + 1)
+    assert len(whole) == 2 * (3 + 3 + 2)
 
 
 def test_parts_are_compared_with_everything(profile):
@@ -153,21 +154,37 @@ def test_published_shares():
 
 
 def words(profile, **changes: Any) -> dict[str, str]:
-    found = claims_of.verdicts(quantized_frame(records(profile, **changes)), DELAY)
-    assert found["evidence"].str.contains("second-hand").all()
+    frame = quantized_frame(records(profile, **changes))
+    found = claims_of.verdicts(frame, frame, DELAY)  # as if question answering had the same scores
+    second_hand = found["evidence"].str.contains("second-hand")
+    assert second_hand[~found["claim"].str.contains("on BERT")].all() and second_hand.sum() == len(found) - 2
     return dict(zip(found["claim"], found["verdict"], strict=True))
 
 
 def test_verdicts_flip_with_the_numbers(profile):
     good = words(profile)
-    assert len(good) == 10 and set(good.values()) == {"holds"}
+    assert len(good) == 13 and set(good.values()) == {"holds"}
+    assert sum(claim.endswith(NOT_CLAIMED) for claim in good) == 4
     bad = words(profile, eight=29.0, six=28.0, six_post=28.5, four=28.0, scratch=20.0, diverges=False)
     size = next(claim for claim in bad if "smaller" in claim)
     assert bad.pop(size) == "holds" and set(bad.values()) == {"does not hold here"}
 
 
+def test_a_task_with_one_seed_is_shown_and_named_as_not_judged(profile):
+    frame = quantized_frame(records(profile))
+    other = frame[frame["seed"] == 0].assign(task="other", title="Other pair")
+    other.loc[other["procedure"] == "aware", ["retained", "controlled"]] = 50.0, 40.0
+    claim = "6 bits, trained on quantised, are as good as full precision"
+    row = claims_of.verdicts(pd.concat([frame, other]), frame[:0], DELAY).set_index("claim").loc[claim]
+    assert row["verdict"] == "holds" and "50.0 % on Other pair (n = 1)" in row["ours"]
+    assert "too few seeds to judge Other pair" in row["evidence"] and "40.0 % on Other pair" in row["evidence"]
+    alone = claims_of.verdicts(frame, frame[:0], DELAY).set_index("claim").loc[claim]
+    assert "too few" not in alone["evidence"]
+
+
 def test_verdicts_without_records_do_not_guess():
-    found = claims_of.verdicts(quantized_frame([]), DELAY)
+    empty = quantized_frame([])
+    found = claims_of.verdicts(empty, empty, DELAY)
     assert (found.loc[found["check"] == "quality", "ours"] == "not run yet").all()
     assert (found.loc[found["check"] == "size", "verdict"] == "holds").all()
 

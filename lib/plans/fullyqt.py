@@ -114,12 +114,16 @@ def _precision(profile: Profile, task: str, seed: int) -> Iterator[Spec]:
     yield trained_on(profile, task, seed)
 
 
-def _ablations(profile: Profile, task: str, seed: int) -> Iterator[Spec]:
-    """Bucketing off, parts one by one, guards taken away, delays."""
-    settings = profile.fully_quantized
-    for bits in settings.bits:
+def _simpler(profile: Profile, task: str, seed: int) -> Iterator[Spec]:
+    """Rounded after training with one range per matrix, and with LayerNorm's variance rounded from zero."""
+    for bits in profile.fully_quantized.bits:
         yield post_training(profile, task, seed, bits, bucketing=False)
         yield post_training(profile, task, seed, bits, **GUARDS["denominator from zero"])
+
+
+def _ablations(profile: Profile, task: str, seed: int) -> Iterator[Spec]:
+    """Parts one by one, guards taken away in training, delays."""
+    settings = profile.fully_quantized
     yield aware(profile, task, seed, min(settings.bits), bucketing=False)
     for bits in settings.part_bits:
         yield from (post_training(profile, task, seed, bits, parts=[part]) for part in PARTS)
@@ -162,6 +166,7 @@ def _question_answering(profile: Profile, seed: int) -> Iterator[Spec]:
         yield qa_post_training(profile, seed, bits, **GUARDS["denominator from zero"])
     if len(settings.qa_bits) > 1:
         yield qa_post_training(profile, seed, max(settings.qa_bits), bucketing=False)
+        yield from (qa_post_training(profile, seed, max(settings.qa_bits), parts=[part]) for part in PARTS)
     for engine in settings.qa_engines:
         yield EngineQualitySpec(
             task=dense.task, data=dense.data, start=dense, engine=engine, threads=profile.latency.threads,
@@ -181,6 +186,9 @@ def fully_quantized(profile: Profile) -> list[Spec]:
     if settings.qa_task in profile.tasks:
         for seed in profile.task_seeds(settings.qa_task):
             plan += _question_answering(profile, seed)
+    for task in dict.fromkeys([settings.ablation_task, *settings.tasks]):
+        for seed in profile.task_seeds(task):
+            plan += _simpler(profile, task, seed)
     for seed in profile.task_seeds(settings.ablation_task):
         plan += _ablations(profile, settings.ablation_task, seed)
     for task, widths in settings.scratch.items():
