@@ -24,7 +24,7 @@ import papermill
 import psutil
 
 from lib import kernel
-from lib.config import ROOT, StudyError, load_profile
+from lib.config import ROOT, NothingToDo, StudyError, load_profile
 from lib.files import cannot_write, write_atomically
 from lib.gallery import write_gallery
 from lib.notebook_parameters import assign, help_parameters, parse
@@ -38,7 +38,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
 
 @dataclass
 class Outcome:
-    """What became of one notebook: ``status`` is done, failed, interrupted or not run; ``seconds`` of wall clock."""
+    """What became of one notebook: ``status`` is done, left out, failed, interrupted or not run; wall-clock seconds."""
 
     name: str
     status: str = "not run"
@@ -72,6 +72,7 @@ def run(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
     """Execute one notebook into ``folder``; returns where the executed copy lies.
 
     Raises:
+        NothingToDo: the parameters leave the notebook no runs; nothing is kept of it.
         StudyError: the notebook raised one, or ``folder`` cannot be written.
         NotebookError: anything else that a cell raised, or a dead kernel.
         kernel.Interrupted: Ctrl-C or SIGTERM.
@@ -89,6 +90,9 @@ def run(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
         ending = "interrupted"
         raise
     except papermill.PapermillExecutionError as error:
+        if error.ename == NothingToDo.__name__:
+            ending = ""
+            raise NothingToDo(_first_line(error)) from None
         raise _explained(error, path.name, kept_as(target, ending)) from None
     except OSError as error:
         raise cannot_write(target, error) if error.errno in UNWRITABLE else error from None
@@ -117,8 +121,12 @@ def kept_as(target: Path, ending: str) -> Path:
     return target.with_name(f"{target.stem}.{ending}.ipynb")
 
 
+def _first_line(error: papermill.PapermillExecutionError) -> str:
+    return (str(error.evalue).strip().splitlines() or [""])[0][:400]
+
+
 def _explained(error: papermill.PapermillExecutionError, name: str, kept: Path) -> Exception:
-    text = (str(error.evalue).strip().splitlines() or [""])[0][:400]
+    text = _first_line(error)
     if error.ename == "StudyError":
         return StudyError(text)
     if text.startswith(f"[Errno {errno.ENOSPC}]"):
@@ -185,12 +193,15 @@ def run_all(paths: Sequence[Path], profile: Profile, chosen: dict[Path, dict[str
             try:
                 run(path, profile.results / "notebooks", chosen[path])
                 outcome.status = "done"
+            except NothingToDo as reason:
+                outcome.status = "left out"
+                print(f"   {path.stem[:2]} | {reason}", flush=True)
             except (kernel.Interrupted, KeyboardInterrupt):
                 outcome.status = "interrupted"
                 raise
             finally:
                 outcome.seconds = time.monotonic() - started
-            print(f"   {path.stem[:2]} | done in {duration(outcome.seconds)}", flush=True)
+            print(f"   {path.stem[:2]} | {outcome.status} in {duration(outcome.seconds)}", flush=True)
     finally:
         print(summary(outcomes, profile.results, before), flush=True)
 

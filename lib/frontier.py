@@ -41,7 +41,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
 }
 DENSE, COMPOUND = "Dense", "Compound"
 NUMBERS = ("weights kept (%)", "size (MB)", "dense (MB)", "cost (core-min)")
-VERDICTS = ("holds", "holds in part", "does not hold here", "cannot tell", "too few seeds to tell", "not testable here")
+VERDICTS = ("holds", "holds in part", "does not hold here", "cannot tell", "too few seeds to tell", "not run yet",
+            "not testable here")
 
 
 def all_records(profile: Profile) -> list[Record]:
@@ -125,21 +126,26 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
     rows = []
     for spec, record in runs:
         base = dense.get((spec.task, spec.seed))
-        if base is None or spec.compressor is None:
+        if base is None or spec.compressor is None or spec.task not in TASKS:  # of own data that this run does not name
             continue
         name, style = family(spec)
         rows.append({
             "hash": record.hash, "configuration": configuration(spec), "task": spec.task,
             "title": TASKS[spec.task].title, "seed": spec.seed, "family": name, "style": style,
-            "score": record["score"], "retained": 100 * record["score"] / base["score"],
+            "score": record["score"], "retained": _share(record["score"], base["score"]),
             "weights kept (%)": 100 * _weights(record) / base["model"]["layer_parameters"],
             "size (MB)": _bytes(record) / 1e6, "dense (MB)": _bytes(base) / 1e6,
             "cost (core-min)": training_cost(record, by_hash) / 60, "trained": spec.training.epochs > 0,
-            "rival": is_rival(spec), "floor": 100 * floors.get(spec.task, np.nan) / base["score"],
+            "rival": is_rival(spec), "floor": _share(floors.get(spec.task, np.nan), base["score"]),
         })  # fmt: skip
     about = ["hash", "configuration", "task", "title", "seed", "family", "style", "trained", "rival", "floor", "score",
              "retained"]  # fmt: skip
     return pd.DataFrame(rows, columns=[*about, *NUMBERS])
+
+
+def _share(score: float, dense: float) -> float:
+    """``score`` as a percentage of ``dense``; NaN where the dense model got nothing right."""
+    return 100 * score / dense if dense else np.nan
 
 
 def _weights(record: Record) -> float:
@@ -203,7 +209,7 @@ def recipe_frame(study: Profile, records: Iterable[Record], timed: Iterable[Reco
             time = latency.get((name, spec.engine))
             rows.append({
                 "recipe": name, "engine": spec.engine, "seed": seed, "score": record["score"],
-                "retained": 100 * record["score"] / dense["score"], "size (MB)": record["size_bytes"] / 1e6,
+                "retained": _share(record["score"], dense["score"]), "size (MB)": record["size_bytes"] / 1e6,
                 "speed": time["ratio_to_dense"] if time else np.nan, "ms": time["median_ms"] if time else np.nan,
             })  # fmt: skip
     return pd.DataFrame(rows, columns=["recipe", "engine", "seed", "score", "retained", "size (MB)", "speed", "ms"])

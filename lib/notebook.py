@@ -11,10 +11,11 @@ from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
 from lib import claims, environment
-from lib.config import StudyError, load_profile
+from lib.config import NothingToDo, StudyError, load_profile
 from lib.figures import save_figure
 from lib.records import Record
 from lib.settings import Profile
+from lib.specs import Spec
 from lib.tables import Formats, save_table, show
 from lib.training import device, use_bf16
 
@@ -48,6 +49,17 @@ def limits(study: Profile, refresh: bool, budget_minutes: float) -> dict[str, An
     if study.data == "local" and study.data_dir is None:
         return {"refresh": False, "budget_minutes": 0.0}
     return {"refresh": refresh, "budget_minutes": None if budget_minutes < 0 else budget_minutes}
+
+
+def needed(plan: list[Spec], what: str, study: Profile) -> list[Spec]:
+    """``plan``, where there is one.
+
+    Raises:
+        NothingToDo: the chosen tasks leave it without runs.
+    """
+    if not plan:
+        raise NothingToDo(f"this notebook is about {what}, and none of the tasks is: {', '.join(study.tasks)}")
+    return plan
 
 
 def text(markdown: str) -> None:

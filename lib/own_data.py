@@ -7,6 +7,7 @@ a validation file every tenth context or row is held out. ``lib.data.register`` 
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -140,6 +141,40 @@ def adopt(values: dict[str, Any], item: str) -> str:
             values[section] = _replaced(values[section], known[0], name)
     own_tasks[name] = {split: str(path) for split, path in own.items()}
     return name
+
+
+def stand_in(values: dict[str, Any], dropped: Sequence[str], kept: Sequence[str]) -> None:
+    """Let plans whose tasks are all ``dropped`` from a profile's plain ``values`` work on one that is ``kept``.
+
+    It is the first of the same kind, else the first of all; where only question answering will do (notebook 02 and
+    settings that begin with ``qa_``), the names stay and the plan is left out.
+    """
+    for section, settings in values.items():
+        if not isinstance(settings, dict) or section in ("tasks", "translation", "own_tasks"):
+            continue
+        for key, named in settings.items():
+            if key != "text_tasks" and (key.endswith(("task", "tasks")) and isinstance(named, str | list)):
+                needs_kind = section == "structured_pruning" or key.startswith("qa_")
+                settings[key] = _among(values, named, dropped, kept, needs_kind)
+
+
+def _among(values: dict[str, Any], named: Any, dropped: Sequence[str], kept: Sequence[str], needs_kind: bool) -> Any:
+    """``named``, or what stands in for it: a name for a name, a list of one for a list."""
+    names = [named] if isinstance(named, str) else named
+    if not names or not kept or not all(name in dropped for name in names):
+        return named
+    alike = [task for task in kept if _is_qa(values, task) == _is_qa(values, names[0])]
+    if needs_kind and not alike:
+        return named
+    chosen = (alike or list(kept))[0]
+    return chosen if isinstance(named, str) else [chosen]
+
+
+def _is_qa(values: dict[str, Any], task: str) -> bool:
+    from lib.data import get_task
+
+    own = values.get("own_tasks", {}).get(task)
+    return get_task(task).kind == "qa" if own is None else str(own["train"]).endswith(".json")
 
 
 def _found(path: Path) -> dict[str, Path]:

@@ -77,6 +77,16 @@ def test_notebooks_run_in_order_with_this_interpreter_and_leave_no_machine_paths
     assert str(folder.parent) not in text and "noise\\n" not in printed and "start_time" not in text
 
 
+def test_a_notebook_with_nothing_to_do_is_left_out_and_the_next_one_runs(folder, capfd):
+    notebook(folder, "00_idle.ipynb", "from lib.config import NothingToDo\nraise NothingToDo('no task of mine')")
+    notebook(folder, "01_busy.ipynb", "print(count)")
+    assert run(folder) == 0
+    shown = capfd.readouterr()
+    assert "00 | no task of mine" in shown.out and shown.err == ""
+    assert [line.split()[1] for line in shown.out.split("notebook ")[-1].splitlines()[1:3]] == ["left", "done"]
+    assert [path.name for path in (folder.parent / "results" / "notebooks").iterdir()] == ["01_busy.ipynb"]
+
+
 def test_a_second_run_gives_the_same_notebook_but_for_durations(folder):
     notebook(folder, "00_same.ipynb", "print(count)")
     target = folder.parent / "results" / "notebooks" / "00_same.ipynb"

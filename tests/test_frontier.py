@@ -114,6 +114,18 @@ def test_timed_shapes_are_the_trained_ones(series):
         assert len(model.drop) == 4 - record["model"]["layers"], name
 
 
+def test_records_of_own_files_that_this_run_does_not_name_are_no_rows(series, monkeypatch):
+    study, *_ = series
+    records, known = frontier.all_records(study), dict(frontier.TASKS)
+    del known["world_qa"]
+    monkeypatch.setattr(frontier, "TASKS", known)
+    assert frontier.overview(records).empty
+
+
+def test_a_dense_model_that_gets_nothing_right_has_no_shares():
+    assert np.isnan(frontier._share(3.0, 0.0)) and frontier._share(3.0, 4.0) == 75
+
+
 def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
     study, records, _ = series
     frame = frontier.overview(frontier.all_records(study))

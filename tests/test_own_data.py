@@ -10,6 +10,7 @@ import yaml
 from lib import data, execute, notebook_parameters, records, runs
 from lib.config import StudyError, load_profile
 from lib.data import data_digest, load_task
+from lib.plans import PLANS
 from lib.specs import data_source, dense_spec
 
 TOPICS = ("sport", "politics", "weather")
@@ -136,6 +137,45 @@ def test_the_command_line_makes_paths_absolute_and_keeps_them_out_of_executed_no
     parameters = {"tasks": [str(tmp_path / "mine.json"), "rte"]}
     cleaned = execute.clean(made, Path("00_x.ipynb"), tmp_path / "out" / "00_x.ipynb", parameters)
     assert cleaned.cells[0].source == "tasks = ['<tasks>']"
+
+
+ABOUT_TASKS = ("dense", "contributions", "structured_qa", "obert", "block_movement", "kronecker", "frontier", "fullyqt")
+
+
+@pytest.mark.parametrize("profile", ["smoke", "quick"])
+@pytest.mark.parametrize("make", [lambda folder: squad(folder / "own.json"), lambda folder: topics(folder / "own.tsv")])
+def test_every_plan_about_a_task_has_runs_on_the_own_file_alone(profile, make, tmp_path):
+    study = load_profile(profile, tasks=[str(make(tmp_path))])
+    kind = data.get_task("own").kind
+    for name in set(PLANS) - {"poor_mans_bert"}:  # which measures before it plans; its tasks are those of contributions
+        tasks = {spec.task for spec in PLANS[name](study) if getattr(spec, "task", None)}
+        assert tasks <= {"own", *study.translation}, name
+        if kind == "qa" or name not in ("structured_qa", "fullyqt"):
+            assert name not in ABOUT_TASKS or "own" in tasks, name
+    if kind != "qa":
+        assert not PLANS["structured_qa"](study)
+        only = load_profile(profile, **{"structured_pruning.tasks": [str(tmp_path / "own.tsv")]})
+        assert not PLANS["structured_qa"](only)
+
+
+def test_only_question_answering_is_not_replaced_by_another_kind():
+    study = load_profile("smoke", tasks=["world_pair"])
+    assert study.obert.task == study.frontier.task == study.block_movement.variant_task == "world_pair"
+    assert study.structured_pruning.tasks == load_profile("smoke").structured_pruning.tasks
+    assert study.fully_quantized.qa_task == "world_qa" and study.fully_quantized.ablation_task == "world_translation"
+    both = load_profile("smoke", tasks=["world_pair", "world_qa2"])
+    assert both.obert.task == "world_qa2" and both.structured_pruning.tasks == ("world_qa", "world_qa2")
+
+
+def test_a_series_on_an_own_file_leaves_out_what_it_cannot_do_and_goes_on(tmp_path, capfd):
+    results = str(tmp_path / "results")
+    own = ["-p", "tasks", json.dumps([str(topics(tmp_path / "own.tsv", rows=60))]), "-p", "seeds", "1"]
+    assert execute.main(["smoke", "--only", "02", "08", "-p", "results", results, *own]) == 0
+    shown = capfd.readouterr().out
+    assert "02 | this notebook is about question answering, and none of the tasks is: own" in shown
+    assert "left out" in shown and not (tmp_path / "results" / "notebooks" / "02_structured_qa_pruning.ipynb").exists()
+    models = (tmp_path / "results" / "tables" / "08_models.csv").read_text(encoding="utf-8")
+    assert "own" in models and "World" not in models
 
 
 def test_other_files_under_the_same_name_are_refused_in_one_process(tmp_path):

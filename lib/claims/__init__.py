@@ -23,7 +23,8 @@ RULES = (
     f"{QUALITY_TOLERANCE:.0f} points below the printed share, unless the evidence names another bound. Where only some "
     "engines or tasks reach it, a claim *holds in part*. Whether one method is better than another is judged by the "
     "mean over pairs of runs, and cannot be told where its 95 % Student t interval holds zero. Fewer than "
-    f"{ENOUGH_SEEDS} seeds decide nothing about quality."
+    f"{ENOUGH_SEEDS} seeds decide nothing about quality. *Not testable here* is what this profile's encoder or data cannot "
+    "show; *not run yet* waits for its records."
 )
 NOT_RUN = "not run yet"
 NOT_CLAIMED = "(not claimed)"  # ends a row that judges what the paper does not say
@@ -35,11 +36,12 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
 
     Args:
         check: "size", "speed", "quality" or "original setting".
+        ours: what was measured, or ``NOT_RUN``, which is the verdict as well.
         holds: one answer, or one for each engine or task, of which some may hold and others not; None means that the
             records at hand cannot tell.
         seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
     """
-    word = "not testable here"
+    word = ours if ours == NOT_RUN else "not testable here"
     if holds is not None:
         cases = [holds] if isinstance(holds, bool) else list(holds)
         word = "holds" if all(cases) else "holds in part" if any(cases) else "does not hold here"

@@ -86,7 +86,7 @@ def _against_control(rows: pd.DataFrame) -> str:
     if set(rows["procedure"]) != {"aware"} or rows["controlled"].isna().all():
         return ""
     shares = rows.dropna(subset=["controlled"]).groupby("title", sort=False)["controlled"].mean()
-    each = ", ".join(f"{share:.1f} % on {title}" for title, share in shares.items())
+    each = ", ".join(f"{shares[title]:.1f} % on {title}" for title in shares.index)
     return f"; of the dense model trained on as long: {each}"
 
 
@@ -100,7 +100,7 @@ def _by_task(rows: pd.DataFrame) -> tuple[str, pd.Series, str]:
         share = bootstrap_interval(part)
         spread = f" ({share.low:.1f}–{share.high:.1f})" if share.n > 1 else ""
         shown.append(f"{share.mean:.1f} %{spread} on {title} (n = {share.n})")
-        means[title] = share.mean, share.n
+        means[str(title)] = share.mean, share.n
     enough = {title: mean for title, (mean, n) in means.items() if n >= ENOUGH_SEEDS}
     left = [title for title in means if title not in enough] if enough else []
     note = f"; too few seeds to judge {', '.join(left)}" if left else ""

@@ -122,11 +122,17 @@ def _points(profile: Profile, task: str, seed: int, everything: bool) -> list[Sp
 
 
 def structured_qa(profile: Profile) -> list[Spec]:
-    """All quality runs of notebook 02: the first task in full, the others at the operating points alone."""
+    """All quality runs of notebook 02: the first task in full, the others at the operating points alone.
+
+    Nothing where none of the chosen tasks is question answering.
+
+    Raises:
+        StudyError: the profile has question answering, and ``structured_pruning.tasks`` names no task of it.
+    """
     settings, plan = profile.structured_pruning, list[Spec]()
     tasks = [task for task in settings.tasks if task in profile.tasks and get_task(task).kind == "qa"]
-    if not tasks:
-        there = ", ".join(task for task in profile.tasks if get_task(task).kind == "qa") or "none"
+    there = ", ".join(task for task in profile.tasks if get_task(task).kind == "qa")
+    if there and not any(task in profile.tasks for task in settings.tasks):
         raise StudyError(
             f"structured_pruning.tasks: found {', '.join(settings.tasks)}, expected question-answering tasks of "
             f"profile {profile.name}: {there}"
