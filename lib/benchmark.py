@@ -20,8 +20,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lib.command_line import Parser
 from lib.environment import hardware, reexec_with_fast_allocator, usable_cpus
 
 if __name__ == "__main__":
@@ -244,16 +245,9 @@ def _latency_command(options: argparse.Namespace) -> str:
     ])  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    """Bad options end in one line like every other user error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise StudyError(f"{message}; see python -m lib.benchmark --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m lib.benchmark", description="Measure speed on this machine.")
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+    parser = Parser(prog="python -m lib.benchmark", description="Measure speed on this machine.")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=Parser)
     command = commands.add_parser("latency", help="time one encoder on every engine")
     add = command.add_argument
     add("--encoder", default="minilm", help="minilm, tiny, base, large, a folder or a hub name (default minilm)")

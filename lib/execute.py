@@ -17,13 +17,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import nbformat
 import papermill
 import psutil
 
 from lib import kernel
+from lib.command_line import Parser
 from lib.config import ROOT, NothingToDo, StudyError, load_profile
 from lib.files import cannot_write, write_atomically
 from lib.gallery import write_gallery
@@ -222,13 +223,8 @@ def summary(outcomes: Sequence[Outcome], results: Path, before: dict[str, int]) 
     return "\n".join([*lines, f"     executed notebooks in {_near(results / 'notebooks')}/"])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StudyError(f"{message}; see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m lib.execute", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m lib.execute", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("profile", nargs="?", default="quick", help="smoke, quick, study, paper or a YAML file")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="only these notebooks, by number or name")
     parser.add_argument(

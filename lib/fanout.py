@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from lib import plans
+from lib.command_line import Parser
 from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
 from lib.own_data import is_path
@@ -211,13 +212,8 @@ def run_on_free_gpu(ids: Sequence[str], folder: Path, arguments: Sequence[str]) 
         time.sleep(1)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StudyError(f"{message}; see python -m lib.fanout --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m lib.fanout", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m lib.fanout", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("profile", nargs="?", default="quick", help="smoke, quick, study, paper or a YAML file")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; a run gets its share of the cores")
     parser.add_argument("--gpus", default="", metavar="0,1", help="hand out these GPUs, one to a run")

@@ -17,7 +17,7 @@ from lib.analysis import one_label_scores
 from lib.claims import NOT_CLAIMED
 from lib.config import StudyError
 from lib.data import TASKS
-from lib.experiments import weights_folder
+from lib.experiments import finished_model, weights_folder
 from lib.files import write_atomically
 from lib.intervals import bootstrap_interval
 from lib.plans.frontier import recipes
@@ -40,9 +40,19 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "kronecker": ("KroneckerBERT", "kronecker"),
 }
 DENSE, COMPOUND = "Dense", "Compound"
+INT8 = "-int8"  # how the names of engines end that quantise what they load
 NUMBERS = ("weights kept (%)", "size (MB)", "dense (MB)", "cost (core-min)")
-VERDICTS = ("holds", "holds in part", "does not hold here", "cannot tell", "too few seeds to tell", "not run yet",
-            "not testable here")
+# Columns of a recipe's latency, and what a record of one calls them.
+TIMED = {"speed": "ratio_to_dense", "speed q1": "ratio_q1", "speed q3": "ratio_q3", "ms": "median_ms"}
+VERDICTS = (
+    "holds",
+    "holds in part",
+    "does not hold here",
+    "cannot tell",
+    "too few seeds to tell",
+    "not run yet",
+    "not testable here",
+)
 
 
 def all_records(profile: Profile) -> list[Record]:
@@ -112,35 +122,46 @@ def _core_seconds(record: Record) -> float:
 
 
 def overview(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per compressed training run that has a dense run of the same task and seed beside it.
+    """One row per compressed training run that has a dense run of the same task and seed beside it, and one per engine
+    that made INT8 of a finished run's model.
 
     ``weights kept (%)`` are the encoder layers' weights that are not zero, ``size (MB)`` is the smallest form in which
     the record says the model was stored (``dense (MB)``: the dense model's), ``cost (core-min)`` the training of the
     whole chain; ``trained`` says whether the run itself trained, or only compressed and measured, ``rival`` whether it
-    is what a paper compares its method with. ``floor`` is what one label for all retains, NaN where there are none.
+    is what a paper compares its method with. ``floor`` is what one answer for all retains, NaN where there are none.
     """
     by_hash = {record.hash: record for record in records}
     floors = one_label_scores(records)
     runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
     dense = {(s.task, s.seed): record for s, record in runs if s.compressor is None and s.start is None}
     rows = []
-    for spec, record in runs:
-        base = dense.get((spec.task, spec.seed))
-        if base is None or spec.compressor is None or spec.task not in TASKS:  # of own data that this run does not name
+    for record in records:
+        engine = record.spec.engine if isinstance(record.spec, EngineQualitySpec) else ""
+        made = by_hash.get(spec_hash(record.spec.start)) if isinstance(record.spec, EngineQualitySpec) else record
+        spec = made.spec if made else None
+        if made is None or not isinstance(spec, TrainSpec) or spec.task not in TASKS:  # own data that is not named now
             continue
-        name, style = family(spec)
+        base = dense.get((spec.task, spec.seed))
+        if base is None or (not engine.endswith(INT8) if engine else spec.compressor is None):
+            continue
+        name, style = _on_engine(spec) if engine else family(spec)
         rows.append({
-            "hash": record.hash, "configuration": configuration(spec), "task": spec.task,
+            "hash": record.hash, "configuration": configuration(spec) + engine, "task": spec.task,
             "title": TASKS[spec.task].title, "seed": spec.seed, "family": name, "style": style,
             "score": record["score"], "retained": _share(record["score"], base["score"]),
-            "weights kept (%)": 100 * _weights(record) / base["model"]["layer_parameters"],
-            "size (MB)": _bytes(record) / 1e6, "dense (MB)": _bytes(base) / 1e6,
-            "cost (core-min)": training_cost(record, by_hash) / 60, "trained": spec.training.epochs > 0,
+            "weights kept (%)": 100 * _weights(made) / base["model"]["layer_parameters"],
+            "size (MB)": (record["size_bytes"] if engine else _bytes(made)) / 1e6, "dense (MB)": _bytes(base) / 1e6,
+            "cost (core-min)": training_cost(made, by_hash) / 60, "trained": spec.training.epochs > 0,
             "rival": is_rival(spec), "floor": _share(floors.get(spec.task, np.nan), base["score"]),
         })  # fmt: skip
     about = ["hash", "configuration", "task", "title", "seed", "family", "style", "trained", "rival", "floor", "score",
              "retained"]  # fmt: skip
     return pd.DataFrame(rows, columns=[*about, *NUMBERS])
+
+
+def _on_engine(spec: TrainSpec) -> tuple[str, str]:
+    """Family and style of a model that an engine made INT8 of."""
+    return (COMPOUND, "compound") if spec.compressor else ("INT8 by an engine", "openvino-int8")
 
 
 def _share(score: float, dense: float) -> float:
@@ -192,7 +213,8 @@ def recipe_frame(study: Profile, records: Iterable[Record], timed: Iterable[Reco
         records: of ``plans.frontier``.
         timed: of ``plans.recipe_latency``.
 
-    ``retained`` refers to the dense model in PyTorch, ``speed`` to its latency on the reference engine.
+    ``retained`` refers to the dense model in PyTorch; ``speed`` is the median over rounds of the dense model's latency
+    on the reference engine over the recipe's, ``speed q1`` and ``speed q3`` their quartiles.
     """
     latency = {(row["model"], row["engine"]): row for record in timed for row in record["rows"]}
     done = {record.hash: record for record in records}
@@ -210,9 +232,9 @@ def recipe_frame(study: Profile, records: Iterable[Record], timed: Iterable[Reco
             rows.append({
                 "recipe": name, "engine": spec.engine, "seed": seed, "score": record["score"],
                 "retained": _share(record["score"], dense["score"]), "size (MB)": record["size_bytes"] / 1e6,
-                "speed": time["ratio_to_dense"] if time else np.nan, "ms": time["median_ms"] if time else np.nan,
+                **{name: time[key] if time else np.nan for name, key in TIMED.items()},
             })  # fmt: skip
-    return pd.DataFrame(rows, columns=["recipe", "engine", "seed", "score", "retained", "size (MB)", "speed", "ms"])
+    return pd.DataFrame(rows, columns=["recipe", "engine", "seed", "score", "retained", "size (MB)", *TIMED])
 
 
 def recipe_means(frame: pd.DataFrame) -> pd.DataFrame:
@@ -221,56 +243,74 @@ def recipe_means(frame: pd.DataFrame) -> pd.DataFrame:
     for (recipe, engine), group in frame.groupby(["recipe", "engine"], sort=False):
         found = bootstrap_interval(group["retained"])
         rows.append({"recipe": recipe, "engine": engine, "retained": found.mean, "low": found.low, "high": found.high,
-                     "n": found.n, **{name: group[name].mean() for name in ("size (MB)", "speed", "ms")}})  # fmt: skip
-    columns = ["recipe", "engine", "retained", "low", "high", "n", "size (MB)", "speed", "ms"]
+                     "n": found.n, **{name: group[name].mean() for name in ("size (MB)", *TIMED)}})  # fmt: skip
+    columns = ["recipe", "engine", "retained", "low", "high", "n", "size (MB)", *TIMED]
     return pd.DataFrame(rows, columns=columns)
 
 
 def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
     """For every loss (percent of the dense score) that one accepts: the fastest recipe, on any engine and on each.
 
-    Losses that lead to the same choice share a row. ``speed ×`` refers to the reference engine, ``× dense there`` to
-    the dense model on the row's own engine; in the rows for any engine, to the dense model on its fastest.
+    Losses that lead to the same choice share a row. ``speed ×`` refers to the reference engine; ``× dense there`` is
+    the dense model's median latency on the row's own engine over the recipe's, in the rows for any engine the dense
+    model's on its fastest.
     """
+    bounds = [("loss accepted (%)", f"{loss:.1f}", means["retained"] >= 100 - loss) for loss in sorted(losses)]
+    return _choices(means, bounds, "speed")
+
+
+def within_latency(means: pd.DataFrame, latencies: Sequence[float]) -> pd.DataFrame:
+    """For every latency (ms) that one may spend: the recipe that keeps most, on any engine and on each."""
+    bounds = [("at most (ms)", f"{latency:g}", means["ms"] <= latency) for latency in sorted(latencies)]
+    return _choices(means, bounds, "retained")
+
+
+def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], best_by: str) -> pd.DataFrame:
+    """The row of ``means`` that is best within each bound (its name, its value in words, the rows within it)."""
     rows: list[dict[str, Any]] = []
-    dense = means[means["recipe"] == "dense"].set_index("engine")["speed"]
+    dense = means[means["recipe"] == "dense"].set_index("engine")["ms"]
     for engine in ["any", *dict.fromkeys(means["engine"])]:
         there = means[means["speed"].notna() & ((means["engine"] == engine) | (engine == "any"))]
-        accepted: dict[int | None, list[float]] = {}
-        for loss in sorted(losses):
-            good = there[there["retained"] >= 100 - loss]["speed"]
-            accepted.setdefault(None if good.empty else int(good.index[good.argmax()]), []).append(loss)
+        accepted: dict[int | None, list[str]] = {}
+        for _, value, within in bounds:
+            good = there[within.reindex(there.index)].sort_values(best_by, kind="stable")
+            accepted.setdefault(None if good.empty else int(good.index[-1]), []).append(value)
         for best, values in accepted.items():
-            span = " to ".join(f"{loss:.1f}" for loss in dict.fromkeys((values[0], values[-1])))
+            about = {bounds[0][0]: " to ".join(dict.fromkeys((values[0], values[-1])))}
             if best is None:
-                nothing = "nothing measured here is within it"
-                rows.append({"engine": engine, "loss accepted (%)": span, "take": nothing})
+                rows.append({"engine": engine, **about, "take": "nothing measured here is within it"})
                 continue
             row = there.loc[best]
             rows.append({
-                "engine": f"any: {row['engine']}" if engine == "any" else engine, "loss accepted (%)": span,
-                "take": row["recipe"], "speed ×": row["speed"],
-                "× dense there": row["speed"] / (dense.max() if engine == "any" else dense.get(engine, np.nan)),
+                "engine": f"any: {row['engine']}" if engine == "any" else engine, **about, "take": row["recipe"],
+                "speed ×": row["speed"],
+                "× dense there": (dense.min() if engine == "any" else dense.get(engine, np.nan)) / row["ms"],
                 "ms": row["ms"], "retained (%)": row["retained"], "size (MB)": row["size (MB)"], "n": row["n"],
             })  # fmt: skip
-    columns = ["engine", "loss accepted (%)", "take", "speed ×", "× dense there", "ms", "retained (%)", "size (MB)",
-               "n"]  # fmt: skip
+    columns = ["engine", bounds[0][0] if bounds else "", "take", "speed ×", "× dense there", "ms", "retained (%)",
+               "size (MB)", "n"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
 
 
-def export(study: Profile, recipe: str, about: Mapping[str, Any]) -> Path | None:
+def export(study: Profile, recipe: str, about: Mapping[str, Any], train: bool = False) -> Path | None:
     """Copy a recipe's model to ``results/<profile>/recipes/<name>``, ready to load, with ``recipe.json`` beside it.
 
-    Returns None when its weights are not here (only its record travelled).
+    The weights are fp32; an engine makes its own INT8 or bf16 of them when it loads them (``lib.engines.prepare``).
+
+    Args:
+        about: what ``recipe.json`` says besides the recipe and its run.
+        train: train the model again where only its record is here; None is returned otherwise.
 
     Raises:
-        StudyError: unknown recipe, or the folder cannot be written.
+        StudyError: unknown recipe, the folder cannot be written, or training again gives another model.
     """
     seed = study.task_seeds(study.frontier.task)[0]
     made = recipes(study, seed)
     if recipe not in made:
         raise StudyError(f"frontier: no recipe '{recipe}'; there is {'; '.join(made)}")
     source = weights_folder(study, made[recipe])
+    if not source.is_dir() and train:
+        finished_model(study, made[recipe])
     if not source.is_dir():
         return None
     slug = "".join(letter if letter.isalnum() else "-" for letter in recipe.lower())
@@ -279,7 +319,7 @@ def export(study: Profile, recipe: str, about: Mapping[str, Any]) -> Path | None
         shutil.copytree(source, target, dirs_exist_ok=True)
     except OSError as error:
         raise StudyError(f"cannot write {target} ({error.strerror}); free some space") from None
-    described = {"recipe": recipe, "run": spec_hash(made[recipe]), **about}
+    described = {"recipe": recipe, "run": spec_hash(made[recipe]), "weights": "fp32", **about}
     write_atomically(target / "recipe.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     return target
 

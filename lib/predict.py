@@ -3,17 +3,16 @@
 python -m lib.predict FOLDER --question "Who mined the ore?" --context "The ore was mined by Orla Venn."
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import qa
+from lib.command_line import Parser
 from lib.config import StudyError
 from lib.data import QA_FEATURES
 from lib.evaluation import predict
@@ -46,16 +45,9 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     return answers["0"]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Bad options end in one line like every other user error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise StudyError(f"{message}; see python -m lib.predict --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the answer: 0, or 2 after one line about a user's mistake."""
-    parser = _Parser(prog="python -m lib.predict", description="Ask a question-answering model on disk.")
+    parser = Parser(prog="python -m lib.predict", description="Ask a question-answering model on disk.")
     parser.add_argument("folder", type=Path, help="folder of a model saved by this study or by save_pretrained")
     parser.add_argument("--question", required=True)
     parser.add_argument("--context", required=True)

@@ -6,7 +6,6 @@ with pip. The same notebooks give the same bytes: the PDF is dated by its newest
 is renewed first.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -15,10 +14,11 @@ import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import nbformat
 
+from lib.command_line import Parser
 from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
 from lib.gallery import Maker, makers, with_tables, write_gallery
@@ -137,14 +137,9 @@ def newest(results: Path) -> int:
     return max((int(datetime.fromisoformat(text).timestamp()) for text in made if text), default=0)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StudyError(f"{message}; see python -m lib.report --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Renew a profile's gallery and what the README quotes, and set the executed notebooks as one HTML page and PDF."""
-    parser = _Parser(prog="python -m lib.report", description=main.__doc__)
+    parser = Parser(prog="python -m lib.report", description=main.__doc__)
     parser.add_argument("profile", nargs="?", default="study", help="smoke, quick, study, paper or a YAML file")
     parser.add_argument("--results", default=None, help="results folder (default: results/PROFILE)")
     parser.add_argument("--gallery", action="store_true", help="only README.md and numbers.tex of the results folder")

@@ -5,7 +5,6 @@ a temporary file, flushed to disk and renamed, so it is whole or absent. Two pro
 run is guarded by a lock of its own.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -16,12 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock
 from pydantic import ValidationError
 
 from lib import environment
+from lib.command_line import Parser
 
 if __name__ == "__main__":
     environment.reexec_with_fast_allocator()  # here, because the imports below take seconds
@@ -206,18 +206,11 @@ def ensure_weights(profile: Profile, spec: Spec, folder: Path, run: Callable[[],
     distributed.agree(True)  # the first process has written them
 
 
-class _Parser(argparse.ArgumentParser):
-    """Bad options end in one line like every other user error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise StudyError(f"{message}; see python -m lib.runs --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m lib.runs``: compute the runs of a notebook, or of spec files, without a notebook."""
     from lib.plans import PLANS, make_plan
 
-    parser = _Parser(prog="python -m lib.runs", description=main.__doc__)
+    parser = Parser(prog="python -m lib.runs", description=main.__doc__)
     parser.add_argument("what", nargs="+", help=f"plans ({', '.join(PLANS)}), or JSON files that hold one spec each")
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--data-dir", default=None, help="folder of local data sets (default: STUDY_DATA)")

@@ -39,8 +39,25 @@ def test_decisions_take_the_fastest_within_the_loss():
         ("a", "0.5 to 2.0"): "dense", ("a", "5.0 to 7.5"): "small",
         ("b", "0.5"): "nothing measured here is within it", ("b", "2.0 to 7.5"): "small",
     }  # fmt: skip
+    there = table.set_index(["engine", "take"])["× dense there"]
+    assert there[("a", "small")] == 2 and there[("any: a", "small")] == 2 and there[("any: a", "dense")] == 1
+    assert np.isnan(there[("b", "small")]), "the dense model was not timed on b"
     untimed = frontier.decisions(means.assign(speed=np.nan), [2.0])
     assert untimed.columns.tolist() == table.columns.tolist() and untimed["ms"].isna().all()
+
+
+def test_what_keeps_most_within_a_latency():
+    means = pd.DataFrame({
+        "recipe": ["dense", "small", "tiny", "small"], "engine": ["a", "a", "a", "b"], "retained": [100, 97, 80, 99.0],
+        "speed": [2.0, 5.0, 9.0, 4.0], "ms": [4.0, 2, 1, 2.5], "size (MB)": [9.0, 5, 2, 5], "n": [3, 3, 3, 1],
+    })  # fmt: skip
+    table = frontier.within_latency(means, [4.0, 0.5, 2.0, 3.0])
+    taken = {(row["engine"], row["at most (ms)"]): row["take"] for row in table.to_dict("records")}
+    assert taken == {
+        ("any", "0.5"): "nothing measured here is within it", ("any: a", "2"): "small", ("any: b", "3"): "small",
+        ("any: a", "4"): "dense", ("a", "0.5"): "nothing measured here is within it", ("a", "2 to 3"): "small",
+        ("a", "4"): "dense", ("b", "0.5 to 2"): "nothing measured here is within it", ("b", "3 to 4"): "small",
+    }  # fmt: skip
 
 
 def test_names_of_recipes():
@@ -128,7 +145,7 @@ def test_a_dense_model_that_gets_nothing_right_has_no_shares():
 
 def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
     study, records, _ = series
-    frame = frontier.overview(frontier.all_records(study))
+    frame = frontier.overview([r for r in frontier.all_records(study) if not isinstance(r.spec, EngineQualitySpec)])
     assert set(frame["family"]) == {
         "Poor Man's BERT", "Structured pruning", "Compound", "Block movement", "KroneckerBERT"
     }  # fmt: skip
@@ -172,6 +189,22 @@ def test_zeros_count_as_removed_and_are_stored_as_such(series):
     assert row["weights kept (%)"] == pytest.approx(100 * (1 - 0.5 * dense_weights(model) / layers), abs=0.01)
     saved = first["model"]["size_bytes"] - 1e6 * row["size (MB)"]  # half the values, less one bit for each place
     assert saved == pytest.approx(dense_weights(model) * (4 / 2 - 1 / 8), rel=0.05)
+
+
+def test_a_model_that_an_engine_made_int8_of_is_a_compound_of_that_size(series):
+    study, records, _ = series
+    everything = frontier.all_records(study)
+    frame = frontier.overview(everything).set_index("hash")
+    done = {frontier.spec_hash(spec): spec for spec in plans.recipes(study, 0).values()}
+    made = [r for r in everything if isinstance(r.spec, EngineQualitySpec) and frontier.spec_hash(r.spec.start) in done]
+    assert len(made) == len(done)
+    for record in made:
+        row, start = frame.loc[record.hash], record.spec.start
+        assert row["family"] == ("Compound" if start.compressor else "INT8 by an engine")
+        assert row["size (MB)"] == record["size_bytes"] / 1e6 and row["score"] == record["score"]
+        if start.compressor:
+            same = frame.loc[frontier.spec_hash(start)]
+            assert row["weights kept (%)"] == same["weights kept (%)"] and row["configuration"] != same["configuration"]
 
 
 def test_configuration_forgets_seeds_and_nothing_else(series):

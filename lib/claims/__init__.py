@@ -23,8 +23,8 @@ RULES = (
     f"{QUALITY_TOLERANCE:.0f} points below the printed share, unless the evidence names another bound. Where only some "
     "engines or tasks reach it, a claim *holds in part*. Whether one method is better than another is judged by the "
     "mean over pairs of runs, and cannot be told where its 95 % Student t interval holds zero. Fewer than "
-    f"{ENOUGH_SEEDS} seeds decide nothing about quality. *Not testable here* is what this profile's encoder or data cannot "
-    "show; *not run yet* waits for its records."
+    f"{ENOUGH_SEEDS} seeds decide nothing about quality. *Not testable here* is what this profile's encoder or data "
+    "cannot show; *not run yet* waits for its records."
 )
 NOT_RUN = "not run yet"
 NOT_CLAIMED = "(not claimed)"  # ends a row that judges what the paper does not say

@@ -10,7 +10,7 @@ from lib import figures, frontier
 from lib.analysis.frontier import KEPT, published_curves
 
 FLOOR = 50.0  # percent of the dense score: what keeps less is of no use to anyone, and is counted instead of drawn
-ONE_LABEL = "one label for all"
+ONE_ANSWER = "one answer for all"
 COST_NAMES = {
     KEPT: "encoder-layer weights kept (%)",
     "size (MB)": "size on disk (MB)",
@@ -21,7 +21,7 @@ COST_NAMES = {
 def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFrame]:
     """Retained share against a cost, a panel per task: each family's Pareto front solid, its other models faint.
 
-    A paper's baselines, and what does no better than one label for all, are on no front.
+    A paper's baselines, and what does no better than one answer for all, are on no front.
 
     Args:
         points: of ``frontier.by_configuration``.
@@ -52,31 +52,39 @@ def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFra
             ax.set_xlim(0, 104)
         figures.retained_line(ax, 100)
         if here["floor"].notna().any():
-            ax.axhline(here["floor"].mean(), color=figures.GREY, linewidth=0.8, linestyle=":", label=ONE_LABEL)
+            ax.axhline(here["floor"].mean(), color=figures.GREY, linewidth=0.8, linestyle=":", label=ONE_ANSWER)
     highest = rows.loc[rows["front"], ["retained", "high"]].max().max()
     axes[0].set_ylim(FLOOR, max(104.0, np.nan_to_num(highest) + 2))
-    figures.name_axes(fig, COST_NAMES[cost], "score retained (%)")
+    figures.name_axes(fig, COST_NAMES[cost], "retained share (%)")
     return fig, rows
 
 
 def eligible(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows that may be on a front: the method itself, and better than one label for all."""
+    """Rows that may be on a front: the method itself, and better than one answer for all."""
     return rows[~rows["rival"] & ~(rows["retained"] <= rows["floor"] + 0.5)]
 
 
 def _family(ax: Axes, part: pd.DataFrame, best: pd.DataFrame, cost: str, style: str, name: str) -> None:
-    """One method's models on one task; an interval for those on the front, where there are seeds for one."""
+    """One method's models on one task; large, with an interval, where those on the front have seeds for one."""
     look = figures.style_of(style)
     ax.plot(part[cost], part["retained"], **look | {"linestyle": "", "label": "_", "markersize": 2, "alpha": 0.3})
     errors = np.nan_to_num(np.abs(best[["low", "high"]].to_numpy().T - best["retained"].to_numpy()))
-    ax.errorbar(best[cost], best["retained"], errors, elinewidth=0.6, **look | {"label": name, "markersize": 3.5})
+    ax.errorbar(best[cost], best["retained"], errors, elinewidth=0.6, **look | {"label": name, "markersize": 2})
+    sure = best[best["n"] > 1]
+    ax.plot(sure[cost], sure["retained"], **look | {"linestyle": "", "label": "_", "markersize": 4.5})
 
 
-def below_floor(rows: pd.DataFrame) -> str:
-    """The caption's sentence on what ``quality_against`` did not draw."""
-    low = rows[rows["retained"] < FLOOR]
+def markers_and_floor(rows: pd.DataFrame, cost: str) -> str:
+    """The caption's sentences on the size of markers and on what ``quality_against`` did not draw."""
+    low, front = rows[rows["retained"] < FLOOR], rows[rows["front"]]
     best = f", {low['front'].sum()} of them on a front" if low["front"].any() else ""
-    return f"{len(low)} of {len(rows)} models keep less than {FLOOR:.0f} % and are not drawn{best}." if len(low) else ""
+    said = [f"Large: two seeds or more ({(front['n'] > 1).sum()} of {len(front)} models on a front)."]
+    if len(low):
+        said.append(f"{len(low)} of {len(rows)} models keep less than {FLOOR:.0f} % and are not drawn{best}.")
+    unknown = int(rows[cost].isna().sum())
+    if unknown:
+        said.append(f"{figures.counted(unknown, 'model')} cannot be placed: what it began with is not on record.")
+    return " ".join(said)
 
 
 def only_compressed(points: pd.DataFrame) -> str:
@@ -108,7 +116,7 @@ def beside_published(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         drawn.append(part.assign(family=names[str(style)], published=True))
     rows = pd.concat(drawn, ignore_index=True)
     figures.retained_line(ax, 100)
-    ax.set(xlabel=COST_NAMES[KEPT], ylabel="score retained (%)", xlim=(0, 104))
+    ax.set(xlabel=COST_NAMES[KEPT], ylabel="retained share (%)", xlim=(0, 104))
     ax.set_ylim(max(70, rows["retained"].min() - 2), rows["retained"].max() + 2)
     figures.outside_legend(fig)
     return fig, rows.reindex(columns=["family", "published", "data", KEPT, "retained", "low", "high", "n"])
@@ -126,7 +134,8 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
     for engine, part in means.groupby("engine", sort=False):
         errors = np.nan_to_num(np.abs(part[["low", "high"]].to_numpy().T - part["retained"].to_numpy()))
         style = figures.style_of(str(engine)) | {"linestyle": ""}
-        ax.errorbar(part["speed"], part["retained"], errors, elinewidth=0.7, **style)
+        aside = np.abs(part[["speed q1", "speed q3"]].to_numpy().T - part["speed"].to_numpy())
+        ax.errorbar(part["speed"], part["retained"], errors, aside, elinewidth=0.7, **style)
     front = frontier.pareto(means.assign(slowness=-means["speed"]), "slowness", "retained")
     look = {"color": figures.GREY, "linewidth": 0.8, "zorder": 0, "label": "Pareto front"}
     ax.step(front["speed"], front["retained"], where="post", **look)  # from the fastest on: what at least x times keeps
@@ -139,7 +148,7 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
         at = (row["speed"], row["retained"])
         ax.annotate(row["recipe"], at, textcoords="offset points", fontsize=6, bbox=blank, **place)
     ax.plot(*zip(*aims, strict=True), "x", color=figures.VERMILION, label="the aims")
-    ax.set(xlabel=x, ylabel="score retained (%)")
+    ax.set(xlabel=x, ylabel="retained share (%)")
     figures.retained_line(ax, 100)
     figures.outside_legend(fig)
     return fig

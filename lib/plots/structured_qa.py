@@ -40,7 +40,7 @@ def recovery_figure(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         ax.errorbar(where, rows["retained"], errors, label=removed, **style)
         drawn.append(rows.assign(removed=removed))
     ax.set_xticks(range(len(order)), [name.replace(" and ", "\nand ") for name in order])
-    ax.set(ylabel="F1 retained (%)")
+    ax.set(ylabel="retained share of F1 (%)")
     figures.retained_line(ax, 100)
     figures.outside_legend(fig)
     return fig, pd.concat(drawn, ignore_index=True)
