@@ -192,7 +192,7 @@ def test_zeros_count_as_removed_and_are_stored_as_such(series):
 
 
 def test_a_model_that_an_engine_made_int8_of_is_a_compound_of_that_size(series):
-    study, records, _ = series
+    study, *_ = series
     everything = frontier.all_records(study)
     frame = frontier.overview(everything).set_index("hash")
     done = {frontier.spec_hash(spec): spec for spec in plans.recipes(study, 0).values()}

@@ -252,10 +252,19 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
             yield f"{node.arg}={ast.unparse(node.value)}"
 
 
-def test_the_library_loads_no_pickle_and_runs_no_remote_code():
-    files = sorted((ROOT / "lib").rglob("*.py"))
-    found = {path.name: list(unsafe(ast.parse(path.read_text(encoding="utf-8")))) for path in files}
-    assert len(files) > 30 and {name: what for name, what in found.items() if what} == {}
+def code_of(path: Path) -> str:
+    """The Python of a module, or of all code cells of a notebook."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+
+
+@pytest.mark.parametrize(("folder", "pattern"), [("lib", "*.py"), ("docs", "*.py"), ("notebooks", "*.ipynb")])
+def test_nothing_loads_a_pickle_or_runs_remote_code(folder, pattern):
+    files = sorted((ROOT / folder).rglob(pattern))
+    found = {path.name: list(unsafe(ast.parse(code_of(path)))) for path in files}
+    assert files and {name: what for name, what in found.items() if what} == {}
 
 
 @pytest.mark.parametrize(
