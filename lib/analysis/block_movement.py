@@ -6,17 +6,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.analysis import latency_frame, of_same_seed
+from lib import engines, figures
+from lib.analysis import latency_frame, of_same_seed, one_label_scores, uninformative
 from lib.compressors.block_movement import BlockMovement
 from lib.data import TASKS
 from lib.published import published
 from lib.published_shapes import HEADLINE, PublishedShape, published_shapes, shapes_frame
 from lib.records import Record
-from lib.specs import TrainSpec, TranslationSpec
+from lib.specs import TrainSpec, TranslationSpec, spec_hash
 
 AnySpec = TrainSpec | TranslationSpec
 COLUMNS = ["hash", "task", "title", "seed", "method", "strength", "block", "density", "stored", "heads", "units",
-           "score", "size_bytes", "train_s", "constant"]  # fmt: skip
+           "score", "size_bytes", "train_s", "constant", "held"]  # fmt: skip
+PAIR = ("task", "title", "seed", "strength", "block")  # what two runs have in common that are compared
 
 
 def method_of(spec: AnySpec) -> str:
@@ -41,15 +43,26 @@ def method_of(spec: AnySpec) -> str:
     return "hybrid" if teacher.encoder == spec.encoder else "hybrid-large"  # type: ignore[union-attr]
 
 
-def strength_of(spec: AnySpec) -> tuple[float, tuple[int, int]]:
-    """lambda_f or density, and the block, of the pruning behind a run; NaN and (0, 0) for a dense one."""
+def pruning_of(spec: AnySpec) -> AnySpec:
+    """The run that pruned: ``spec`` itself, or the one whose zeros it fills."""
     if spec.compressor is not None and spec.compressor.name == "refill":
         assert isinstance(spec.start, TrainSpec)
-        return strength_of(spec.start)
-    if spec.compressor is None:
+        return pruning_of(spec.start)
+    return spec
+
+
+def strength_of(spec: AnySpec) -> tuple[float, tuple[int, int]]:
+    """lambda_f or density, and the block, of the pruning behind a run; NaN and (0, 0) for a dense one."""
+    compressor = pruning_of(spec).compressor
+    if compressor is None:
         return float("nan"), (0, 0)
-    settings = BlockMovement.Settings.model_validate(spec.compressor.settings)
+    settings = BlockMovement.Settings.model_validate(compressor.settings)
     return settings.final_lambda if settings.density is None else settings.density, settings.block
+
+
+def block_name(block: Sequence[int]) -> str:
+    """A block's size as frames and tables have it."""
+    return f"{block[0]} × {block[1]}"
 
 
 def block_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -57,28 +70,105 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
 
     ``density`` and ``stored`` are percent of the dense model's linear weights: non-zero, and left after removal.
     ``retained`` is the score as a share (percent) of the dense score of the same task and seed, NaN without one or
-    where it is 0. ``constant`` models answer the same whatever is asked. Empty when no run is finished.
+    where it is 0. ``floor`` is the score of one answer for all where ``records`` hold it, ``informative`` as in
+    ``analysis.uninformative``. ``constant`` models answer the same whatever is asked; ``held`` where the penalty would
+    have pruned more than the least density let it. Empty when no run is finished.
     """
-    rows = []
-    for record in records:
-        spec = record.spec
-        if not isinstance(spec, TrainSpec | TranslationSpec):
-            continue
-        summary, (strength, block) = record["compression"], strength_of(spec)
+    records, rows = list(records), []
+    runs = [record for record in records if isinstance(record.spec, TrainSpec | TranslationSpec)]
+    held = {record.hash for record in runs if record["compression"].get("history", [{}])[-1].get("held")}
+    for record in runs:
+        spec: AnySpec = record.spec  # type: ignore[assignment]
+        summary, method, (strength, block) = record["compression"], method_of(spec), strength_of(spec)
         rows.append({
             "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
-            "method": method_of(spec), "strength": strength, "block": f"{block[0]} × {block[1]}",
+            "method": method, "strength": strength,
+            "block": "whole heads" if method == "struct" else block_name(block),
             "density": 100 * summary.get("density", 1.0), "stored": 100 * summary.get("stored_density", 1.0),
             "heads": sum(summary["heads"]) if "heads" in summary else np.nan,
             "units": sum(summary["units"]) if "units" in summary else np.nan,
             "score": record["score"], "size_bytes": record["model"]["size_bytes"],
             "train_s": record.result.get("training", {}).get("seconds", 0.0),
-            "constant": bool(record.result.get("constant_prediction")),
+            "constant": bool(record.result.get("constant_prediction")), "held": spec_hash(pruning_of(spec)) in held,
         })  # fmt: skip
     frame = pd.DataFrame(rows, columns=COLUMNS)
     dense = frame[frame["method"] == "dense"].set_index(["task", "seed"])["score"]
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense.where(dense > 0))
-    return frame
+    frame["floor"] = frame["task"].map(one_label_scores(records)).astype(float)
+    frame["informative"] = ~frame["task"].isin(uninformative(records))
+    return frame.astype({"held": bool})
+
+
+def held_count(held: pd.Series) -> str:
+    """In how many runs the least density held, as "1 of 3"; empty for none."""
+    return f"{held.sum()} of {len(held)}" if held.any() else ""
+
+
+def at_block(frame: pd.DataFrame, block: str) -> pd.DataFrame:
+    """The rows of ``block_frame`` without hybrid models of other blocks, which would be averaged with those of this."""
+    return frame[(frame["block"] == block) | ~frame["method"].map(lambda name: name.startswith("hybrid")).astype(bool)]
+
+
+def block_trials(frame: pd.DataFrame, sizes: Sequence[str]) -> pd.DataFrame:
+    """Hybrid models of several block ``sizes``: at their task's first strength, of seeds that have all of its sizes."""
+    rows = _at_first_strength(frame[(frame["method"] == "hybrid") & frame["block"].isin(sizes)])
+    different = rows.groupby("task")["block"].transform("nunique")
+    whole = rows.groupby(["task", "seed"])["block"].transform("nunique") == different
+    return rows[whole & (different > 1)]
+
+
+def _at_first_strength(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["strength"] == rows.groupby("task")["strength"].transform("first")]
+
+
+def paired(frame: pd.DataFrame, one: str, other: str, near: float = np.inf,
+           by: Sequence[str] = PAIR) -> pd.DataFrame:  # fmt: skip
+    """``lead`` of method ``one`` over ``other`` in points of the retained share, for what agrees in ``by``.
+
+    Pairs whose densities differ by more than ``near`` are left out: the same lambda need not prune as much. ``held``
+    where the least density held in either of the two.
+    """
+    rows = frame[frame["method"].isin([one, other])].dropna(subset=["retained"])
+    if {one, other} - set(rows["method"]):
+        return pd.DataFrame(columns=[*by, "lead", "held"])
+    table = rows.pivot_table(index=list(by), columns="method", values=["retained", "density", "held"]).dropna()
+    table = table[(table["density"][one] - table["density"][other]).abs() <= near]
+    lead = (table["retained"][one] - table["retained"][other]).rename("lead").to_frame()
+    return lead.assign(held=table["held"].gt(0).any(axis=1)).reset_index()
+
+
+def beside_control(frame: pd.DataFrame, block: str) -> pd.DataFrame:
+    """``paired``: hybrid pruning of one block at the first strength against training as long with the same teacher."""
+    pruned = _at_first_strength(frame[(frame["method"] == "hybrid") & (frame["block"] == block)])
+    both = frame[frame.index.isin(pruned.index) | (frame["method"] == "dense-distilled")]
+    return paired(both, "hybrid", "dense-distilled", by=("task", "title", "seed"))
+
+
+def filled_speed(frame: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """How fast filled models are beside the hybrid ones they were made from (``ratio``), one row per pair and engine.
+
+    Args:
+        frame: of ``block_frame``.
+        own: ``analysis.latency_frame`` of ``plans.trained_speed``; may be empty.
+    """
+    if own.empty:
+        return own
+    timed = own.merge(frame[["hash", "method", *PAIR]], left_on="model", right_on="hash")
+    keys = [*PAIR, "engine", "cpu", "batch", "length", "threads"]
+    table = timed.pivot_table(index=keys, columns="method", values="median_ms")
+    table = table.reindex(columns=["hybrid", "hybrid-filled"]).dropna()
+    return (table["hybrid"] / table["hybrid-filled"]).rename("ratio").reset_index()
+
+
+def not_timed(wanted: Iterable[str], timed: pd.DataFrame) -> str:
+    """A sentence on the engines among ``wanted`` that ``timed`` (``latency_frame``) lacks and why; empty for none."""
+    seen = set(timed["engine"]) if len(timed) else set()
+    absent = [
+        f"{figures.METHODS[name][2]} ({engines.unavailable_reason(name) or 'not run yet'})"
+        for name in wanted
+        if name not in seen
+    ]
+    return f"Engines left out: {'; '.join(absent)}." if absent else ""
 
 
 def shown_task(frame: pd.DataFrame, tasks: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from lib.analysis.block_movement import headline_shape
+from lib.analysis.block_movement import PAIR, filled_speed, headline_shape, held_count, paired
 from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, leads, seeds_of, timed_on, verdict
 from lib.data import TASKS
 from lib.intervals import bootstrap_interval
@@ -13,13 +13,15 @@ from lib.published import published
 NEAR = 8.0  # points of density within which two models count as equally small
 
 
-def verdicts(task: str, frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
+def verdicts(task: str, frame: pd.DataFrame, speed: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """Verdicts on the paper.
 
     Args:
         task: on which the headline is checked.
-        frame: ``analysis.block_movement.block_frame``.
+        frame: ``analysis.block_movement.block_frame``; tasks that are not ``informative`` are left out of the verdicts
+            on quality, and named.
         speed: ``analysis.block_movement.shape_speed_frame``; may be empty.
+        own: ``analysis.latency_frame`` of ``plans.trained_speed``; may be empty.
     """
     headline = frame[frame["task"] == task]
     return pd.DataFrame([
@@ -28,7 +30,7 @@ def verdicts(task: str, frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFram
         _kept(headline),
         _struct(frame),
         _unstructured(frame),
-        _filling(frame),
+        _filling(frame, own),
         _teacher(frame),
         _generation(frame),
     ])  # fmt: skip
@@ -63,18 +65,35 @@ def _kept(frame: pd.DataFrame) -> dict[str, str]:
     claim = "It loses 1 % of its F1"
     printed = 100 - published("lagunas2021", place="v1 sec. 1", metric="score_loss")["value"].item()
     target = 100 - published("lagunas2021", place="v1 sec. 1", metric="weights_removed")["value"].item()
-    rows = frame[(frame["method"] == "hybrid-filled") & frame["retained"].notna()]
+    rows, left_out = _informative(frame[(frame["method"] == "hybrid-filled") & frame["retained"].notna()])
     if rows.empty:
-        return verdict(claim, "quality", f"{printed:.0f} % retained", NOT_RUN, None, "")
+        return _nothing(claim, f"{printed:.0f} % retained", left_out)
     distance = (rows.groupby("strength")["stored"].mean() - target).abs()
     rows = rows[rows["strength"] == distance.idxmin()]
     found, stored = bootstrap_interval(rows["retained"]), rows["stored"].mean()
     spread = f" ({found.low:.1f} to {found.high:.1f})" if found.n > 1 else ""
-    evidence = f"{rows['title'].iloc[0]}, hybrid filled, {100 - stored:.0f} % smaller; n = {found.n} seeds"
+    evidence = f"{rows['title'].iloc[0]}, hybrid filled, {100 - stored:.0f} % smaller; n = {found.n} seeds{_held(rows)}"
     holds = bool(found.mean >= printed - QUALITY_TOLERANCE) if stored <= target + NEAR else None
     evidence += "" if holds is not None else f"; too little is removed to compare with {100 - target:.0f} %"
     ours = f"{found.mean:.1f} % retained{spread}"
     return verdict(claim, "quality", f"{printed:.0f} % retained", ours, holds, evidence, seeds_of(rows))
+
+
+def _informative(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows of informative tasks, and what to say of the others."""
+    titles = ", ".join(rows[~rows["informative"]]["title"].unique())
+    return rows[rows["informative"]], f"; left out, dense close to one answer for all: {titles}" if titles else ""
+
+
+def _nothing(claim: str, printed: str, left_out: str) -> dict[str, str]:
+    """The verdict where nothing is compared: not run, or only on tasks that are not informative."""
+    ours = "no task to judge by" if left_out else NOT_RUN
+    return verdict(claim, "quality", printed, ours, None, left_out.removeprefix("; "))
+
+
+def _held(rows: pd.DataFrame) -> str:
+    count = held_count(rows["held"])
+    return f"; in {count} the least density held: the penalty alone would have pruned more" if count else ""
 
 
 def _struct(frame: pd.DataFrame) -> dict[str, str]:
@@ -97,7 +116,8 @@ def _lead(frame: pd.DataFrame, claim: str, other: str, printed: str, better: str
     Models that answer the same whatever is asked are counted, not compared.
     """
     pairs, gaps = [], []
-    known = frame[frame["retained"].notna()]
+    known, left_out = frame[frame["retained"].notna()], _informative(frame[frame["method"] == other])[1]
+    known = known[known["informative"]]
     rivals, lost = known[known["method"] == other], known[(known["method"] == other) & known["constant"]]
     ours = known[known["method"].isin(["hybrid", "hybrid-top-k"]) & ~known["constant"]]
     for rival in rivals[~rivals["constant"]].to_dict("records"):
@@ -105,54 +125,49 @@ def _lead(frame: pd.DataFrame, claim: str, other: str, printed: str, better: str
         gap = (same["density"] - rival["density"]).abs()
         gaps += [gap.min()] if len(gap) else []
         if len(gap) and gap.min() <= NEAR:
-            lead = same.loc[gap.idxmin(), "retained"] - rival["retained"]
-            pairs.append({"task": rival["task"], "seed": rival["seed"], "lead": lead if better == "hybrid" else -lead})
+            nearest = same.loc[gap.idxmin()]
+            lead = nearest["retained"] - rival["retained"]
+            pairs.append({
+                "task": rival["task"], "seed": rival["seed"], "lead": lead if better == "hybrid" else -lead,
+                "block": nearest["block"], "held": nearest["held"] or rival["held"],
+            })  # fmt: skip
     collapsed = f"{len(lost)} of {len(rivals)} models of the rival give one answer for all" if len(lost) else ""
+    if not pairs and not gaps and not collapsed:
+        return _nothing(claim, printed, left_out)
     if not pairs:
-        found = f"no pair of like density; they differ by {min(gaps):.0f} points at least" if gaps else NOT_RUN
-        return verdict(
-            claim, "quality", printed, found if gaps or not collapsed else "nothing to compare", None, collapsed
+        found = (
+            f"no pair of like density; they differ by {min(gaps):.0f} points at least" if gaps else "nothing to compare"
         )
+        return verdict(claim, "quality", printed, found, None, (collapsed + left_out).removeprefix("; "))
     table = pd.DataFrame(pairs)
-    evidence = f"retained share, {len(table)} pairs whose densities differ by {NEAR:.0f} points at most"
-    evidence += f"; left out: {collapsed}" if collapsed else ""
+    evidence = f"retained share, {len(table)} pair{'s' * (len(table) > 1)} with densities that differ by {NEAR:.0f} "
+    evidence += f"points at most; hybrid's blocks: {', '.join(sorted(table['block'].unique()))}{_held(table)}"
+    evidence += (f"; left out: {collapsed}" if collapsed else "") + left_out
     return leads(claim, printed, table["lead"], evidence, seeds_of(table))
 
 
-def _paired(frame: pd.DataFrame, one: str, other: str, near: float = np.inf) -> pd.DataFrame:
-    """Difference of retained share, method ``one`` minus ``other``, for the same task, seed, strength and block.
-
-    Pairs whose densities differ by more than ``near`` are left out: the same lambda need not prune as much.
-    """
-    rows = frame[frame["method"].isin([one, other])].dropna(subset=["retained"])
-    keys = ["task", "seed", "strength", "block"]
-    table = rows.pivot_table(index=keys, columns="method", values=["retained", "density"])
-    if one not in set(rows["method"]) or other not in set(rows["method"]):
-        return pd.DataFrame(columns=[*keys, "lead"])
-    table = table.dropna()
-    table = table[(table["density"][one] - table["density"][other]).abs() <= near]["retained"]
-    return (table[one] - table[other]).rename("lead").reset_index()
-
-
-def _difference(claim: str, printed: str, table: pd.DataFrame, about: str) -> dict[str, str]:
+def _difference(claim: str, printed: str, table: pd.DataFrame, about: str, left_out: str = "") -> dict[str, str]:
     if table.empty:
-        return verdict(claim, "quality", printed, NOT_RUN, None, "")
-    evidence = f"retained share, paired over {len(table)} {about}"
+        return _nothing(claim, printed, left_out)
+    evidence = f"retained share, paired over {len(table)} {about}{_held(table)}{left_out}"
     return leads(claim, printed, table["lead"], evidence, seeds_of(table))
 
 
-def _filling(frame: pd.DataFrame) -> dict[str, str]:
+def _filling(frame: pd.DataFrame, own: pd.DataFrame) -> dict[str, str]:
     rows = published("lagunas2021", place="authors notebook, filled gain")
     gains = rows.pivot_table(index="speed", columns="method", values="value")
     gain = gains["hybrid-filled"] - gains["hybrid"]
     claim = "Filling the zeros again gains quality at the same speed"
     printed = f"{gain.min():+.1f} to {gain.max():+.1f} F1"
-    return _difference(
-        claim,
-        printed,
-        _paired(frame, "hybrid-filled", "hybrid"),
-        "(task, seed, strength); filling comes with training on, and the speed is not measured",
-    )
+    judged, left_out = _informative(frame[frame["method"].isin(["hybrid-filled", "hybrid"])])
+    about, timed = "(task, seed, strength); filling comes with training on; ", filled_speed(judged, own)
+    if timed.empty:
+        about += "the speed of no pair is measured"
+    else:
+        low, high, pairs = timed["ratio"].min(), timed["ratio"].max(), timed.groupby(list(PAIR)).ngroups
+        about += f"speed of {pairs} pair{'s' * (pairs > 1)}: filled is {low:.2f} to {high:.2f} × as fast as hybrid, "
+        about += timed_on(timed)
+    return _difference(claim, printed, paired(judged, "hybrid-filled", "hybrid"), about, left_out)
 
 
 def _teacher(frame: pd.DataFrame) -> dict[str, str]:
@@ -161,11 +176,13 @@ def _teacher(frame: pd.DataFrame) -> dict[str, str]:
     gain = gains["hybrid"] - gains["hybrid-alone"]
     claim = "A teacher helps"
     printed = f"{gain.min():+.1f} to {gain.max():+.1f} points (SST-2, QQP)"
-    pairs = _paired(frame, "hybrid", "hybrid-alone", NEAR)
-    if pairs.empty and len(_paired(frame, "hybrid", "hybrid-alone")):
-        return verdict(claim, "quality", printed, "no pair of like density", None, "")
-    return _difference(claim, printed, pairs,
-                       f"(task, seed) whose densities differ by {NEAR:.0f} points at most")  # fmt: skip
+    _, left_out = _informative(frame[frame["method"] == "hybrid-alone"])
+    judged = frame[frame["informative"]]
+    pairs = paired(judged, "hybrid", "hybrid-alone", NEAR)
+    if pairs.empty and len(paired(judged, "hybrid", "hybrid-alone")):
+        return verdict(claim, "quality", printed, "no pair of like density", None, left_out.removeprefix("; "))
+    about = f"(task, seed) whose densities differ by {NEAR:.0f} points at most"
+    return _difference(claim, printed, pairs, about, left_out)
 
 
 def _generation(frame: pd.DataFrame) -> dict[str, str]:

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from lib.compressors import CompressorSpec
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES, count_parameters, layer_count
-from lib.plans.common import SPEED_ARCHITECTURES
+from lib.plans.common import SPEED_ARCHITECTURES, at_hand
 from lib.plans.fullyqt import dense_translation
 from lib.published_shapes import HEADLINE, PublishedShape, distinct_shapes, published_shapes
 from lib.records import Record
@@ -192,7 +192,8 @@ def chosen_shapes(profile: Profile) -> dict[str, PublishedShape]:
 def published_shape_speed(profile: Profile) -> list[Spec]:
     """Latency of the published shapes with random weights, dense BERT-base beside them (and BERT-large once).
 
-    Each run is one engine and as many models as fit the memory; the first runs of all engines come first.
+    Each run is one engine and as many models as fit the memory; the first runs of all engines come first. Engines that
+    are not here are left out unless they are recorded.
     """
     settings, latency = profile.block_movement, profile.latency
     models: dict[str, LatencyModel] = {}
@@ -201,7 +202,7 @@ def published_shape_speed(profile: Profile) -> list[Spec]:
             models.setdefault("dense large", LatencyModel(architecture=shape.model))
         models[name] = LatencyModel(architecture=shape.model, shapes=shape.shapes)
     dense = LatencyModel(architecture="bert-base-uncased")
-    return [
+    return at_hand(profile, [
         LatencySpec(
             models={"dense": dense, **chunk}, dense="dense", engines=(engine,), batch=batch,
             length=settings.shape_length, threads=latency.threads, rounds=latency.rounds,
@@ -209,7 +210,7 @@ def published_shape_speed(profile: Profile) -> list[Spec]:
         for batch in settings.shape_batches
         for chunk in chunks(models, CHUNK_BYTES - resident_bytes(dense))
         for engine in settings.shape_engines
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 def resident_bytes(model: LatencyModel) -> int:
@@ -270,7 +271,8 @@ def block_sparse_speed(profile: Profile) -> list[Spec]:
 def trained_speed(profile: Profile, records: Iterable[Record]) -> list[Spec]:
     """Latency of the shapes that finished pruning runs ended with, dense beside them; one run per engine.
 
-    A model's name is the hash of its record. Empty when the encoder is no architecture known by name.
+    A model's name is the hash of its record. Empty when the encoder is no architecture known by name. Engines that are
+    not here are left out unless they are recorded.
     """
     encoder = {"tiny-bert": "tiny"}.get(profile.encoder, profile.encoder)
     shapes = {
@@ -282,14 +284,14 @@ def trained_speed(profile: Profile, records: Iterable[Record]) -> list[Spec]:
         return []
     models = {name: LatencyModel(architecture=encoder, shapes=shape) for name, shape in shapes.items()}
     settings, latency = profile.block_movement, profile.latency
-    return [
+    return at_hand(profile, [
         LatencySpec(
             models={"dense": LatencyModel(architecture=encoder), **models}, dense="dense", engines=(engine,),
             batch=batch, length=settings.shape_length, threads=latency.threads, rounds=latency.rounds,
         )
         for batch in settings.shape_batches
         for engine in settings.shape_engines
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 # Ways to train whose cost beside dense training is measured, by the names that the notebook uses.

@@ -1,7 +1,11 @@
 """Plans that every notebook may use: the dense models, their latency on every engine, the training loop's speed."""
 
+from collections.abc import Iterable
+
+from lib import engines
 from lib.data import get_task
 from lib.models import layer_count, load_config
+from lib.records import record_path
 from lib.settings import Profile
 from lib.specs import LatencyModel, LatencySpec, MajoritySpec, Spec, StockComparisonSpec, data_source, dense_spec
 
@@ -39,6 +43,16 @@ def engine_latency(profile: Profile) -> list[Spec]:
         for batch in profile.latency.batches
         for length in profile.latency.lengths
     ]  # fmt: skip
+
+
+def at_hand(profile: Profile, specs: Iterable[LatencySpec]) -> list[Spec]:
+    """Those of ``specs`` that one of their engines can run here, or that are recorded."""
+    return [
+        spec
+        for spec in specs
+        if any(engines.unavailable_reason(engine) is None for engine in spec.engines)
+        or record_path(profile, spec).exists()
+    ]
 
 
 def stock_comparison(profile: Profile) -> StockComparisonSpec:

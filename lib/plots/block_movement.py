@@ -14,47 +14,59 @@ from lib.plots.over_training import cell_edges, density_over_training
 from lib.published_shapes import HEADLINE
 from lib.records import Record
 
-PRUNED = ("hybrid", "hybrid-filled", "hybrid-top-k", "block", "struct", "movement", "magnitude", "hybrid-large",
-          "hybrid-large-filled")  # fmt: skip
+PRUNED = ("hybrid", "hybrid-filled", "hybrid-top-k", "hybrid-alone", "block", "struct", "movement", "magnitude",
+          "hybrid-large", "hybrid-large-filled")  # fmt: skip
 SHADES = (figures.GREEN, figures.VERMILION, figures.BLUE, figures.ORANGE, figures.PURPLE, figures.SKY)
 
 
 def score_against_density(frame: pd.DataFrame, theirs: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Left the score of each way to prune against the density, right the retained share with the published ones.
+    """Left the score of each way to prune against the density, right the retained share; one row of panels per task.
 
     Args:
-        frame: ``analysis.block_movement.block_frame`` of one task.
-        theirs: ``analysis.block_movement.published_curves``.
+        frame: ``analysis.block_movement.block_frame`` with blocks of one size.
+        theirs: ``analysis.block_movement.published_curves``; drawn beside the first task.
     """
-    fig, (left, right) = figures.new_figure("page", 1, 2)
-    dense = frame[frame["method"] == "dense"]["score"]
+    titles = list(dict.fromkeys(frame["title"]))
+    fig, axes = figures.panels(2 * len(titles), across=2, row=2.0, margin=0.6, sharex=True)
     drawn = []
-    for method in PRUNED:
-        part = frame[frame["method"] == method]
-        if len(part):
-            drawn.append(_by_strength(left, part, "density", "score", method))
-            _by_strength(right, part, "density", "retained", method)
-        printed = theirs[(theirs["method"] == method) & (theirs["teacher"] == "base")]
-        if len(printed):
-            style = figures.style_of(method, published=True)
-            right.plot(printed.sort_values("density")["density"], printed.sort_values("density")["retained"], **style)
-            drawn.append(printed.assign(published=True, n=1)[["method", "published", "density", "retained", "n"]])
-    for ax in (left, right):
-        ax.set(xlabel="weights left (%)", xlim=(0, 102))
-    left.set_ylabel("score (%)")
-    right.set_ylabel("retained share (%)")
-    if len(dense):
-        left.axhline(dense.mean(), color=figures.BLACK, linewidth=0.9)
-        figures.retained_line(left, dense.mean())
-    figures.retained_line(right, 100)
+    for title, left, right in zip(titles, axes[::2], axes[1::2], strict=True):
+        rows = frame[frame["title"] == title]
+        for method in PRUNED:
+            part = rows[rows["method"] == method]
+            if len(part):
+                for ax, y in ((left, "score"), (right, "retained")):
+                    drawn.append(_by_strength(ax, part, "density", y, method).assign(title=title))
+            printed = theirs[(theirs["method"] == method) & (theirs["teacher"] == "base")].sort_values("density")
+            if len(printed) and title == titles[0]:
+                right.plot(printed["density"], printed["retained"], **figures.style_of(method, published=True))
+                columns = ["title", "method", "published", "density", "retained", "n"]
+                drawn.append(printed.assign(title=title, published=True, n=1)[columns])
+        left.set(title=title, ylabel="score (%)", xlim=(0, 102))
+        right.set(title=title, ylabel="retained share (%)")
+        dense = rows[rows["method"] == "dense"]["score"]
+        if len(dense):
+            left.axhline(dense.mean(), color=figures.BLACK, linewidth=0.9)
+            figures.retained_line(left, dense.mean())
+        if rows["floor"].notna().any():
+            left.axhline(rows["floor"].mean(), color=figures.GREY, linestyle=":", linewidth=0.9)
+        figures.retained_line(right, 100)
+    for ax in axes[-2:]:
+        ax.set_xlabel("weights left (%)")
     figures.outside_legend(fig)
     return fig, pd.concat(drawn, ignore_index=True)
+
+
+def _ring(ax: Axes, held: pd.DataFrame, x: str, y: str) -> None:
+    """A ring around each row of ``held``, whose density is the least one that was allowed."""
+    if len(held):
+        ax.plot(held[x], held[y], linestyle="", marker="o", markersize=8, markerfacecolor="none",
+                markeredgecolor=figures.BLACK, markeredgewidth=0.7, label="Least density held")  # fmt: skip
 
 
 def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> pd.DataFrame:
     """Mean over seeds of both coordinates at each strength, joined by a line, with the 95 % interval of ``y``.
 
-    Seeds end at different densities: each is drawn too, small and pale.
+    Seeds end at different densities: each is drawn too, small and pale. Runs whose least density held are ringed.
     """
     rows = []
     for strength, group in part.groupby("strength"):
@@ -68,6 +80,7 @@ def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> p
     if points["n"].max() > 1:
         pale = {"linestyle": "", "alpha": 0.6, "markersize": 2.5, "markeredgewidth": 0, "label": "_seeds"}
         ax.plot(part[x], part[y], zorder=2, **style | pale)
+    _ring(ax, part[part["held"]], x, y)
     return points
 
 
@@ -134,18 +147,24 @@ def block_sizes(frame: pd.DataFrame, sizes: Sequence[str]) -> tuple[Figure, pd.D
     """Retained share against weights left (left) and against weights stored after removal (right), by block size.
 
     Args:
-        frame: hybrid runs at one strength, any tasks; one colour per block size, one marker per task.
+        frame: ``analysis.block_movement.block_trials``; one colour per block size, one marker per task, and a ring
+            where the least density held in a run.
     """
     fig, axes = figures.new_figure("page", 1, 2, sharey=True)
-    rows = frame.groupby(["block", "title"], sort=False)[["density", "stored", "retained"]].mean().reset_index()
-    rows["n"] = frame.groupby(["block", "title"], sort=False).size().to_numpy()
+    rows = frame.groupby(["block", "title"], sort=False).agg(
+        density=("density", "mean"), stored=("stored", "mean"), retained=("retained", "mean"), n=("seed", "size"),
+        held=("held", "any"),
+    ).reset_index()  # fmt: skip
     titles = list(dict.fromkeys(rows["title"]))
     for size, color in zip(sizes, SHADES, strict=False):
         for title, marker in zip(titles, "os^D", strict=False):
             part = rows[(rows["block"] == size) & (rows["title"] == title)]
             for ax, x in zip(axes, ("density", "stored"), strict=True):
                 ax.plot(part[x], part["retained"], marker=marker, color=color, linestyle="", label=f"{size}, {title}")
-    for ax, label in zip(axes, ("weights left (%)", "weights stored after removal (%)"), strict=True):
+    for ax, x, label in zip(
+        axes, ("density", "stored"), ("weights left (%)", "weights stored after removal (%)"), strict=True
+    ):
+        _ring(ax, rows[rows["held"]], x, "retained")
         ax.set(xlabel=label)
     axes[0].set_ylabel("retained share (%)")
     figures.outside_legend(fig)
@@ -185,7 +204,7 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
         speed: ``analysis.latency_frame`` of ``plans.trained_speed``, whose models are named by the hash of a record.
         theirs: ``analysis.block_movement.published_curves``.
     """
-    joined = speed.merge(frame[["hash", "method", "task", "title", "seed", "strength", "density", "retained"]],
+    joined = speed.merge(frame[["hash", "method", "task", "title", "seed", "strength", "density", "retained", "held"]],
                          left_on="model", right_on="hash")  # fmt: skip
     engines = list(dict.fromkeys(joined["engine"]))
     fig, axes = figures.panels(len(engines), across=4, row=1.7, margin=0.7, sharex=True, sharey=True)
@@ -194,6 +213,7 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
             rows = joined[(joined["engine"] == engine) & (joined["method"] == method)]
             if len(rows):
                 ax.plot(rows["ratio_to_dense"], rows["retained"], **figures.style_of(method) | {"linestyle": ""})
+                _ring(ax, rows[rows["held"]], "ratio_to_dense", "retained")
             printed = theirs[(theirs["method"] == method) & (theirs["teacher"] == "base")].sort_values("speedup")
             if len(printed):
                 style = figures.style_of(method, published=True) | {"alpha": 0.55}
@@ -201,6 +221,6 @@ def score_against_speed(frame: pd.DataFrame, speed: pd.DataFrame, theirs: pd.Dat
         figures.retained_line(ax, 100)
         ax.set(title=figures.METHODS[engine][2])
     figures.name_axes(fig, "times faster than dense", "retained share (%)")
-    columns = ["engine", "batch", "length", "method", "title", "seed", "strength", "density", "retained",
+    columns = ["engine", "batch", "length", "method", "title", "seed", "strength", "density", "retained", "held",
                "ratio_to_dense", "ratio_q1", "ratio_q3", "median_ms"]  # fmt: skip
     return fig, joined[columns]
