@@ -102,6 +102,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "pytorch-cuda-bf16": (GREEN, "^", "CUDA bf16"),
 }
 
+SERIES = (BLACK, VERMILION, BLUE, GREEN, ORANGE, PURPLE, SKY)  # of what has no style of its own, such as tasks
 DASHES = (0, (3, 1.5))
 PUBLISHED = ", published"  # ends the label of what is drawn hollow
 OF_DENSE = " of dense"  # ends the label of lines that mark a share of the dense score
@@ -199,6 +200,11 @@ def style_of(method: str, published: bool = False) -> dict[str, Any]:
     }
 
 
+def series_style(number: int) -> dict[str, Any]:
+    """Colour and line of one of several series, numbered from 0; where the colours start again the line changes."""
+    return {"color": SERIES[number % len(SERIES)], "linestyle": ("-", DASHES, ":")[number // len(SERIES) % 3]}
+
+
 def band_plot(
     ax: Axes,
     frame: pd.DataFrame,
@@ -247,6 +253,11 @@ def speed_line(ax: Axes, at: Sequence[float] | pd.Series, rows: pd.DataFrame, en
     medians = rows["ratio_to_dense"].to_numpy()
     bars = np.abs(rows[["ratio_q1", "ratio_q3"]].to_numpy().T - medians)
     ax.errorbar(np.asarray(at, dtype=float) + shift, medians, bars, capsize=1.5, elinewidth=0.7, **style_of(engine))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 model", "3 models"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:

@@ -229,6 +229,40 @@ def test_a_worse_order_is_no_gain_and_a_better_one_is_not_comparable():
     assert verdicts(after=90.0).loc[comparable, "verdict"] == "does not hold here"
 
 
+@pytest.mark.parametrize(
+    ("procedure", "by", "verdict"),
+    [
+        ("iterative", (-9.0, -9.2, -8.8), "holds"),
+        ("iterative", (1.8, 1.9, 2.0), "cannot tell: the interval crosses +2 points"),  # the mean is within
+        ("iterative", (-40.0, 0.0, 12.0), "cannot tell: the interval crosses +2 points"),
+        ("iterative", (8.0, 8.1, 7.9), "does not hold here"),
+        ("after", (0.1, 0.0, -0.1), "holds"),
+        ("after", (-9.0, -9.2, -8.8), "does not hold here"),
+        ("after", (9.0, 9.2, 8.8), "does not hold here"),
+        ("after", (-1.9, -2.0, -1.8), "cannot tell: the interval crosses ±2 points"),
+    ],
+)
+def test_no_difference_needs_an_interval_that_has_no_room_for_one(procedure, by, verdict):
+    orders = pd.DataFrame([
+        {"k": 3, "task": "cola", "title": "CoLA", "seed": seed, "procedure": name, "retained": retained,
+         "informative": True, "score": 50.0, "floor": 0.0}
+        for seed, gain in enumerate(by) for name, retained in (("before", 60.0), (procedure, 60.0 + gain))
+    ])  # fmt: skip
+    row = claims_of._order(orders, procedure, "a claim")
+    assert row["verdict"] == verdict and "95 % Student t interval" in row["evidence"]
+    alone = claims_of._order(orders[orders["seed"] == 0], procedure, "a claim")
+    assert alone["verdict"] == "too few seeds to tell (n = 1)" and alone["ours"].endswith("a single pair")
+
+
+def test_a_range_over_tasks_is_not_written_as_an_interval():
+    frame = quality({("before", (4, 5, 6)): 79.0})
+    frame.loc[(frame["task"] == "cola") & (frame["procedure"] == "before"), "retained"] = 40.0
+    curves, empty = strategy_frame(frame, HALVES), training_speed_frame([])
+    found = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim")["ours"]
+    kept = found["Half of the layers, dropped from the top, keep nearly all of the score"]
+    assert kept == "69.7 % (range over tasks 40.0 to 99.4)"
+
+
 def test_what_the_rows_say():
     found = verdicts()
     size = found.loc["BERT-base without six layers is 40 % smaller"]
@@ -295,7 +329,7 @@ def test_orders_that_share_no_run_are_not_run_yet():
     empty = training_speed_frame([])
     found = claims_of.verdicts(LAYERS, orders.iloc[:0], orders, empty, empty).set_index("claim")
     row = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
-    assert (row["ours"], row["verdict"]) == (claims.NOT_RUN, "not testable here")
+    assert row["ours"] == row["verdict"] == claims.NOT_RUN
 
 
 def majority(task: str, score: float) -> Record:
@@ -316,11 +350,11 @@ def test_a_dense_score_near_one_label_for_all_says_nothing():
         curves = strategy_frame(frame, HALVES)
         row = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim").loc[claim]
         assert row["verdict"] == ("does not hold here" if left_out else "holds in part")
-        assert row["evidence"].endswith("left out, dense close to one label for all: RTE") is left_out
+        assert row["evidence"].endswith("left out, dense close to one answer for all: RTE") is left_out
     curves = strategy_frame(quality_frame([*runs, *(majority(task, 79.0) for task in TASKS)]), HALVES)
     row = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim").loc[claim]
-    assert (row["ours"], row["verdict"]) == (claims.NOT_RUN, "not testable here")
-    assert row["evidence"] == "left out, dense close to one label for all: RTE, CoLA"
+    assert row["ours"] == row["verdict"] == claims.NOT_RUN
+    assert row["evidence"] == "left out, dense close to one answer for all: RTE, CoLA"
 
 
 def test_without_runs_everything_but_the_size_is_not_run_yet():
@@ -330,7 +364,7 @@ def test_without_runs_everything_but_the_size_is_not_run_yet():
     for orders in (curves, strategy_frame(frame, {})):
         found = claims_of.verdicts(LAYERS, curves, orders, training_speed_frame([]), latency_frame([]))
         assert found["ours"].tolist()[1:] == [claims.NOT_RUN] * 6
-        assert found["verdict"].tolist() == ["holds"] + ["not testable here"] * 6
+        assert found["verdict"].tolist() == ["holds"] + [claims.NOT_RUN] * 6
 
 
 def test_a_strategy_that_lacks_runs_is_compared_on_the_shared_ones():
@@ -391,7 +425,7 @@ def test_verdicts_on_quality_rest_on_the_first_data_set_above_its_floor():
         row = found.set_index("claim").loc[claim]
         assert row["verdict"] == word and row["evidence"].startswith(title)
     nothing = structured_claims.verdicts(frame.assign(informative=False), pd.DataFrame()).set_index("claim").loc[claim]
-    assert nothing["ours"] == claims.NOT_RUN and nothing["verdict"] == "not testable here"
+    assert nothing["ours"] == nothing["verdict"] == claims.NOT_RUN
 
 
 def test_the_conditions_of_timed_rows_name_every_machine_and_batch():

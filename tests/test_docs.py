@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,27 @@ def test_the_readme_quotes_the_committed_tables_and_is_short():
     assert text.count("<!-- end -->") == 1 and len(text.splitlines()) < 150
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem[:2])
+def test_the_committed_series_executed_these_cells_and_prints_no_nan(path):
+    cells, executed = (
+        [
+            cell
+            for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]
+            if "injected-parameters" not in tags(cell)
+        ]
+        for file in (path, ROOT / "results" / "study" / "notebooks" / path.name)
+    )
+    assert [cell["source"] for cell in executed] == [cell["source"] for cell in cells], "execute the study again"
+    for cell in executed:
+        for output in cell.get("outputs", []):
+            text = "".join(output.get("data", {}).get("text/markdown", output.get("text", "")))
+            assert not re.search(r"(?i)\bnan\b|\bn = (\d+) to \1\b", text), text[:300]
+
+
+def tags(cell: dict[str, Any]) -> list[str]:
+    return cell["metadata"].get("tags", [])
 
 
 def test_the_example_compressor_is_short_and_really_drops_layers(profile_file, tmp_path, monkeypatch):

@@ -11,18 +11,22 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import padded_batch
+from conftest import record as finished
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForQuestionAnswering, BertForQuestionAnswering, BertModel
 
-from lib import analysis, experiments, model_cost, plans
+from lib import experiments, model_cost, plans
 from lib.analysis.kronecker import (
+    bounds,
     complete,
+    cost_frame,
     error_frame,
     first_stage_frame,
     kronecker_frame,
     loss_curves,
     published_retained,
+    speed_frame,
 )
 from lib.claims import NOT_RUN
 from lib.claims import kronecker as claims_of
@@ -54,8 +58,17 @@ from lib.kronecker_models import (
 from lib.models import ARCHITECTURES, base_model, count_parameters, layer_parts, layers, load_config, load_model
 from lib.plans.kronecker import objective, task_stage, text_stage, variant_of
 from lib.published import published
+from lib.records import Record
 from lib.runs import ensure
-from lib.specs import LatencyModel, TextDistillationSpec, TrainingSpeedSpec, dense_spec, parse_spec, spec_hash
+from lib.specs import (
+    LatencyModel,
+    LatencySpec,
+    TextDistillationSpec,
+    TrainingSpeedSpec,
+    dense_spec,
+    parse_spec,
+    spec_hash,
+)
 from lib.surgery import drop_layers, load_compressed, save_compressed
 from lib.text_distillation import under_head
 
@@ -530,6 +543,10 @@ def test_both_stages_end_to_end(profile):
     text = [record for record in records if isinstance(record.spec, TextDistillationSpec)]
     assert len(text) == 1 and set(text[0]["after"]) == {"embedding", "hidden_states", "attention_scores"}
     assert text[0]["after"]["embedding"] < text[0]["before"]["embedding"]
+    first, before = first_stage_frame(text, profile).set_index("term"), text[0]["before"]
+    loss = before["embedding"] + 4 * (before["hidden_states"] + before["attention_scores"])  # summed over four layers
+    assert first["share of loss (%)"].sum() == pytest.approx(100)
+    assert first.loc["hidden_states", "share of loss (%)"] == pytest.approx(400 * before["hidden_states"] / loss)
     assert text[0]["train_examples"] >= 32 and text[0]["compression"]["initialisation"] == "nearest"
     assert text[0].data and text[0].data != records[1].data
     runs = [record for record in records if record.spec.kind == "train" and record.spec.compressor]
@@ -619,7 +636,14 @@ def test_speed_runs_measure_operations_and_traffic(profile):
     assert set(models) == {"dense", "kron8"} and len(record["rows"]) == 2
     assert models["kron8"]["flops"] < models["dense"]["flops"]
     assert models["kron8"]["parameters"] < models["dense"]["parameters"] / 6
-    assert len(analysis.latency_frame([record])) == 2
+    speed = speed_frame([record])
+    cost = cost_frame(speed, profile).set_index("model")
+    config = ARCHITECTURES["tiny"]
+    weights = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    maps = config.num_hidden_layers * weights + 2 * config.hidden_size  # the head marks two ends
+    assert cost.loc["dense", "linear"] == 2 * profile.kronecker.speed_length * maps
+    assert (cost["flops"] - cost["linear"]).nunique() == 1, "attention's own products stay as they are"
+    assert cost["published"].isna().all(), "printed for another shape"
 
 
 def test_traffic_is_what_the_operations_read_and_write():
@@ -702,7 +726,7 @@ def scores(**retained: float) -> pd.DataFrame:
 
 
 def timed(kron8: float, kron21: float) -> pd.DataFrame:
-    common = {"cpu": "a CPU", "batch": 1, "length": 128, "threads": 2}
+    common = {"cpu": "a CPU", "batch": 1, "length": 128, "threads": 2, "disturbed": False}
     return pd.DataFrame([
         common | {"engine": engine, "model": model, "ratio_to_dense": ratio}
         for engine in ("e0", "e1") for model, ratio in (("dense", 1.0), ("kron8", kron8), ("kron21", kron21))
@@ -720,18 +744,18 @@ def test_verdicts_follow_the_numbers():
         "KroneckerBERT19 is faster than": "holds",
         "KroneckerBERT8 retains more than": "holds",
         "KroneckerBERT21 retains more than": "does not hold here",
-        "KroneckerBERT8 keeps that share": "not testable here",
-        "KroneckerBERT21 keeps that share": "not testable here",
+        "KroneckerBERT8 keeps that share": NOT_RUN,
+        "KroneckerBERT21 keeps that share": NOT_RUN,
         "The first stage is": "holds",
         "The teacher helps in": "does not hold here",
     }
     dull = rows.assign(informative=rows["task"] == "rte")
     judged = claims_of.verdicts(dull, timed(0.8, 1.2)).set_index("claim")
     kept = judged.loc["KroneckerBERT21 retains more than 99 % on most GLUE tasks"]
-    assert kept["ours"] == "0 of 1 tasks" and kept["evidence"].endswith("close to one label for all: SST-2, MRPC")
+    assert kept["ours"] == "0 of 1 tasks" and kept["evidence"].endswith("close to one answer for all: SST-2, MRPC")
     useless = rows.assign(floor=75.0)
     row = claims_of.verdicts(useless, timed(0.8, 1.2)).set_index("claim").loc["The first stage is worth much"]
-    assert row["evidence"].endswith("without it 6 of 6 do no better than one label for all")
+    assert row["evidence"].endswith("without it 6 of 6 do no better than one answer for all")
     mixed = timed(0.8, 1.2)
     mixed.loc[mixed["engine"] == "e1", "ratio_to_dense"] = [1.0, 1.1, 0.9]
     both = claims_of.verdicts(rows, mixed).set_index("claim")["verdict"]
@@ -740,6 +764,74 @@ def test_verdicts_follow_the_numbers():
     other = claims_of.verdicts(rows, timed(1.1, 0.9)).set_index("claim")["verdict"]
     assert other["KroneckerBERT8 is slower than BERT-base"] == "does not hold here"
     assert other["KroneckerBERT19 is faster than BERT-base on a CPU"] == "does not hold here"
+
+
+def latency(engine: str, spread: float, batch: int = 1) -> Record:
+    """A run of BERT-base in 100 ms and of KroneckerBERT8 in 50, quartiles of the dense one ``spread`` ms apart."""
+    bert = LatencyModel(architecture="bert-base-uncased")
+    models = {"dense": bert, "kron8": bert.model_copy(update={"kronecker": PUBLISHED["kron8"]})}
+    spec = LatencySpec(models=models, dense="dense", engines=(engine,), batch=batch, length=128, threads=2, rounds=3)
+    half = spread / 2
+    rows = [
+        {"name": f"{model}/{engine}", "model": model, "engine": engine, "batch": batch, "length": 128, "threads": 2,
+         "median_ms": ms, "q1_ms": ms - half, "q3_ms": ms + half, "ratio_to_dense": 100 / ms, "size_bytes": 1}
+        for model, ms, half in (("dense", 100.0, half), ("kron8", 50.0, 25.0))
+    ]  # fmt: skip
+    costs = {
+        "dense": {"layers": 12, "parameters": 8, "flops": 20e9, "traffic_bytes": 4e9},
+        "kron8": {"layers": 12, "parameters": 1, "flops": 5e9, "traffic_bytes": 3e9},
+    }
+    return finished(spec, rows=rows, models=costs, agreement={row["name"]: {"relative_diff": 0.0} for row in rows})
+
+
+def test_rates_are_shares_of_the_dense_models_on_the_same_engine():
+    frame = speed_frame([latency("a", 20.0), latency("b", 20.2)]).set_index(["engine", "model"])
+    assert frame.loc[("a", "dense"), ["GFLOP/s", "GB/s"]].tolist() == [200, 40]
+    row = frame.loc[("a", "kron8")]
+    assert (row["GFLOP/s"], row["GFLOP/s of dense (%)"]) == (100, 50) and row["GB/s of dense (%)"] == 150
+    assert frame["disturbed"].tolist() == [False, False, True, True], "by the dense model's quartiles alone"
+    assert speed_frame([]).empty
+
+
+@pytest.mark.parametrize(
+    ("operations", "traffic", "key"),
+    [(50, 10, "arithmetic"), (49, 100, "traffic"), (49, 49, "neither"), (49, 50, "between"), (49, 99, "between")],
+)
+def test_what_may_hold_a_model_up_follows_its_rates(operations, traffic, key):
+    row = {"model": "kron8", "precision": "fp32", "disturbed": False}
+    row |= {"GFLOP/s of dense (%)": operations, "GB/s of dense (%)": traffic}
+    rest = [row | change for change in ({"model": "dense"}, {"precision": "int8"}, {"disturbed": True})]
+    assert {name: len(rows) for name, rows in bounds(pd.DataFrame([row, *rest])).items() if len(rows)} == {key: 1}
+
+
+def test_published_operations_stand_beside_what_they_were_printed_for():
+    profile = load_profile("quick")
+    cost = cost_frame(speed_frame([latency("a", 1.0), latency("a", 1.0, batch=2)]), profile).set_index(
+        ["batch", "model"]
+    )
+    assert cost.loc[1, "published"].tolist() == ["21.7, 22", "5.2, 5.5"] and cost.loc[2, "published"].isna().all()
+    attention = cost["flops"] - cost["linear"]
+    assert set(attention.loc[1]) == {12 * 2 * 2 * 768 * 128**2} and set(attention.loc[2]) == {2 * attention.iloc[0]}
+    assert cost.loc[(1, "kron8"), ["FLOPs ÷", "FLOPs per byte"]].tolist() == pytest.approx([4, 5 / 3])
+
+
+def test_disturbed_runs_do_not_judge_speed():
+    speed = timed(0.8, 1.2)
+    noisy = speed["engine"] == "e1"
+    speed.loc[noisy & (speed["model"] != "dense"), "ratio_to_dense"] = [3.0, 0.5]
+    claims = ["KroneckerBERT8 is slower than BERT-base", "KroneckerBERT19 is faster than BERT-base on a CPU"]
+    found = claims_of.verdicts(scores(), speed.assign(disturbed=noisy)).set_index("claim").loc[claims]
+    assert found["verdict"].tolist() == ["holds", "holds"]
+    assert found["ours"].tolist() == ["0.80 to 0.80 ×", "1.20 to 1.20 ×"]
+    assert (
+        found["evidence"]
+        .str.contains("left out, the dense model's quartiles more than 20 % of its median apart: e1")
+        .all()
+    )
+    assert found["evidence"].str.startswith("1 engine on").all()
+    found = claims_of.verdicts(scores(), speed.assign(disturbed=True)).set_index("claim").loc[claims]
+    assert set(found["verdict"]) == {"cannot tell: every run was disturbed"}
+    assert found["evidence"].str.endswith("apart: e0, e1").all()
 
 
 def test_without_runs_only_the_sizes_are_decided():

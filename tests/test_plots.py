@@ -11,9 +11,11 @@ from conftest import record
 from lib.analysis.block_movement import shown_task
 from lib.analysis.frontier import published_curves
 from lib.analysis.obert import speed_frame
+from lib.claims.obert import _against_dense, speed_sentence
 from lib.config import StudyError
+from lib.figures import SERIES, series_style
 from lib.plots import frontier as frontier_plots
-from lib.plots.obert import speed_figure
+from lib.plots.obert import crossing_note, speed_figure
 from lib.plots.structured_qa import ORDER, recovery_figure, selection_figure
 from lib.records import Record
 from lib.specs import LatencyModel, LatencySpec
@@ -21,16 +23,20 @@ from lib.specs import LatencyModel, LatencySpec
 DENSE = LatencyModel(architecture="bert-base-uncased")
 
 
-def timed(engine: str, sparsity: float | None, dense_ms: float, ms: float = 0.0) -> Record:
-    """A run at batch 32 of the dense model, and of a sparse one where ``sparsity`` is given."""
-    models = {"dense": DENSE}
+def timed(
+    engine: str, sparsity: float | None, dense_ms: float, ms: float = 0.0, group: int = 1,
+    other: LatencyModel | None = None, other_ms: float = 0.0, spread: float = 0.0,
+) -> Record:  # fmt: skip
+    """A run at batch 32 of the dense model, of a sparse one where ``sparsity`` is given, and of an ``other`` one."""
+    models = {"dense": DENSE} | ({"other": other} if other else {})
     if sparsity:
-        models["sparse"] = DENSE.model_copy(update={"sparsity": sparsity})
+        models["sparse"] = DENSE.model_copy(update={"sparsity": sparsity, "group": group})
     spec = LatencySpec(models=models, dense="dense", engines=(engine,), batch=32, length=128, threads=2, rounds=3)
-    times = {"dense": dense_ms} | ({"sparse": ms} if sparsity else {})
+    times = {"dense": dense_ms} | ({"sparse": ms} if sparsity else {}) | ({"other": other_ms} if other else {})
     rows: list[dict[str, Any]] = [
         {"model": name, "engine": engine, "precision": "fp32", "batch": 32, "length": 128, "threads": 2, "n": 3,
-         "median_ms": value, "q1_ms": value, "q3_ms": value, "ratio_to_dense": dense_ms / value, "size_bytes": 1}
+         "median_ms": value, "q1_ms": value - spread, "q3_ms": value + spread, "ratio_to_dense": dense_ms / value,
+         "size_bytes": 1}
         for name, value in times.items()
     ]  # fmt: skip
     return record(spec, rows=rows)
@@ -43,13 +49,56 @@ def test_runs_on_a_slower_machine_do_not_bend_a_curve():
         timed("deepsparse-fp32", 0.97, 4000, 500), timed("openvino-bf16", None, 600),
     ])  # fmt: skip
     sparse = speed[speed["sparsity"] > 0]
-    assert sparse["on engine"].tolist() == [2, 4, 8] and sparse["over fp32"].tolist() == [2, 4, 8]
+    assert sparse["over fp32"].tolist() == [2, 4, 8]
     assert sparse["anchored ms"].tolist() == [1000, 500, 250]  # the dense median is 2000
+    assert sparse["low ms"].tolist() == [500, 250, 125]  # as in the fastest run
+    assert sparse["high ms"].tolist() == [2000, 1000, 500]  # and in the slowest
     assert sparse["over best dense"].tolist() == pytest.approx([0.6, 1.2, 2.4])
+    assert sparse["over best dense low"].tolist() == pytest.approx([0.3, 0.6, 1.2])
     _, drawn = speed_figure(speed)
     curve = drawn[drawn["engine"] == "deepsparse-fp32"]
     assert curve["anchored ms"].tolist() == [2000, 1000, 500, 250]
-    assert curve["crossover (%)"].tolist() == pytest.approx([88] * 4)  # 600 ms: four fifths of the way
+    assert curve["faster from (%)"].tolist() == 4 * [97]  # at 80 and 90 % the runs do not say
+    assert curve["slower up to (%)"].tolist() == 4 * [0]
+    note = crossing_note(drawn)
+    assert note.endswith(
+        "at measured sparsities, by batch × tokens: faster from 97 %, slower up to 0 %: DeepSparse fp32 (32 × 128)."
+    )
+
+
+def test_runs_of_four_are_curves_of_their_own_and_say_when_they_stay_slower():
+    runs = [timed("deepsparse-fp32", 0.8, 1000, 900, group) for group in (1, 4)]
+    fig, drawn = speed_figure(speed_frame([*runs, timed("openvino-bf16", None, 600)]))
+    assert set(drawn["curve"]) == {"DeepSparse fp32", "DeepSparse fp32, runs of 4", "OpenVINO bf16"}
+    labels = [text.get_text() for text in fig.legends[0].texts]
+    assert "DeepSparse fp32, runs of 4" in labels and drawn["faster from (%)"].isna().all()
+    assert "slower throughout, up to 80 %: DeepSparse fp32 (32 × 128), DeepSparse fp32, runs of 4" in crossing_note(
+        drawn
+    )
+
+
+def test_speed_sentence_leaves_out_engines_without_fp32_and_says_when_dense_models_gain_more():
+    """INT8 without its fp32 has no ratio; a dense model of half the layers gains more than zeros do."""
+    half = DENSE.model_copy(update={"drop": tuple(range(7, 13))})
+    records = [timed("deepsparse-fp32", 0.8, 1000, 500, 4), timed("onnxruntime-int8", None, 100),
+               timed("openvino-fp32", None, 1200, other=half, other_ms=400)]  # fmt: skip
+    speed = speed_frame(records)
+    assert speed.set_index("engine")["over fp32"].isna().to_dict()["onnxruntime-int8"]
+    said = speed_sentence(speed)
+    assert "2.0× with zeros (DeepSparse fp32, sparse, batch 32 × 128 tokens), but more without any: 3.0×" in said
+    assert "nan" not in said and "0.20 × (0.20 to 0.20; DeepSparse fp32" in said
+    assert "and less without any" in speed_sentence(speed[speed["layers"] == 12])
+
+
+@pytest.mark.parametrize(
+    ("dense", "verdict"),
+    [(600, "holds"), (400, "does not hold here"), (510, "cannot tell: the quartiles overlap")],
+)
+def test_a_sparse_model_beats_dense_ones_only_where_the_quartiles_are_apart(dense, verdict):
+    speed = speed_frame([timed("deepsparse-fp32", 0.9, 1000, 500, spread=30), timed("openvino-bf16", None, dense)])
+    row = _against_dense(speed)
+    assert row["verdict"] == verdict
+    assert ("different runs" in row["evidence"]) is (dense == 510)
 
 
 def test_recovery_figure_takes_operating_points_with_different_recoveries():
@@ -92,17 +141,22 @@ def test_a_front_holds_what_nothing_of_its_method_and_task_beats(cost):
     assert rows.index[rows["front"]].tolist() == [0, 2, 4, 5]
     assert panels[0].get_ylim() == (frontier_plots.FLOOR, 104)
     assert ("Dense" in [text.get_text() for text in fig.legends[0].texts]) is (cost == "size (MB)")
-    assert frontier_plots.below_floor(rows).startswith("2 of 7 models keep less than 50 % and are not drawn, 1 of them")
-    assert frontier_plots.below_floor(rows[:4]) == ""
+    large, low = "Large: two seeds or more (4 of 4 models on a front).", "2 of 7 models keep less than 50 % and are not"
+    assert frontier_plots.markers_and_floor(rows, cost) == f"{large} {low} drawn, 1 of them on a front."
+    few = rows[:4].assign(n=1, **{cost: [math.nan, 1, 2, 3]})
+    nowhere = "1 model cannot be placed: what it began with is not on record."
+    assert (
+        frontier_plots.markers_and_floor(few, cost) == f"Large: two seeds or more (0 of 2 models on a front). {nowhere}"
+    )
 
 
-def test_neither_baselines_nor_one_label_for_all_are_on_a_front():
-    """The best model of A is a rival; of B's two that are left, one retains what one label for all does."""
+def test_neither_baselines_nor_one_answer_for_all_are_on_a_front():
+    """The best model of A is a rival; of B's two that are left, one retains what one answer for all does."""
     points = MODELS.assign(rival=[False, False, True] + 4 * [False], floor=[math.nan] * 4 + [94.8] * 3)
     fig, rows = frontier_plots.quality_against(points, "weights kept (%)")
     assert rows.index[rows["front"]].tolist() == [0, 3]
     dotted = [line.get_ydata()[0] for ax in fig.axes for line in ax.lines if line.get_linestyle() == ":"]
-    assert dotted == [94.8] and "one label for all" in [text.get_text() for text in fig.legends[0].texts]
+    assert dotted == [94.8] and "one answer for all" in [text.get_text() for text in fig.legends[0].texts]
 
 
 def test_methods_that_only_cut_are_named():
@@ -129,6 +183,7 @@ def test_the_recipes_on_the_front_are_named():
         ("worse", "openvino-int8", 5.0, 96.0),
     ]
     means = pd.DataFrame(rows, columns=["recipe", "engine", "speed", "retained"]).assign(low=95.0, high=float("nan"))
+    means = means.assign(**{"speed q1": means["speed"] - 0.5, "speed q3": means["speed"] + 1})
     fig = frontier_plots.recipes_on_engines(means, ((10, 98.0),), "speed")
     assert sorted(text.get_text() for text in fig.axes[0].texts) == ["dense", "small"]
     (front,) = [line for line in fig.axes[0].lines if line.get_label() == "Pareto front"]
@@ -139,7 +194,7 @@ def test_the_recipes_on_the_front_are_named():
 def test_names_of_neighbours_on_the_front_do_not_cover_each_other():
     rows = [("alone", 12.0, 86.0), ("two layers dropped and units cut", 7.0, 98.6), ("two layers dropped", 7.6, 98.4)]
     means = pd.DataFrame(rows, columns=["recipe", "speed", "retained"]).assign(
-        engine="openvino-int8", low=float("nan"), high=float("nan")
+        engine="openvino-int8", low=float("nan"), high=float("nan"), **{"speed q1": 7.0, "speed q3": 12.0}
     )
     fig = frontier_plots.recipes_on_engines(means, ((29, 92.5),), "speed")
     fig.canvas.draw()
@@ -166,3 +221,9 @@ def test_selections_are_drawn_for_heads_units_and_both():
         "gain": 70,
     }
     assert [ax.get_xlabel().split()[0] for ax in fig.axes] == ["heads", "units", "both:"]
+
+
+def test_series_differ_in_colour_or_line():
+    styles = [series_style(number) for number in range(3 * len(SERIES))]
+    assert len({(style["color"], str(style["linestyle"])) for style in styles}) == len(styles)
+    assert {style["linestyle"] for style in styles[: len(SERIES)]} == {"-"}

@@ -5,10 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from lib.analysis import of_same_seed, one_label_scores, training_runs, uninformative
+from lib.analysis import latency_frame, of_same_seed, one_label_scores, training_runs, uninformative
 from lib.data import TASKS
 from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
 from lib.models import ARCHITECTURES
+from lib.plans.common import SPEED_ARCHITECTURES
 from lib.plans.kronecker import encoder_shapes, variant_of
 from lib.published import published
 from lib.records import Record
@@ -30,6 +31,7 @@ TERM_NAMES = {
     "attention_scores": "attention scores",
     "hidden_states": "layer outputs",
 }
+DISTURBED = 0.2  # quartiles of dense times further apart than this share of their median: too noisy to judge by
 
 
 def configuration_names(profile: Profile) -> dict[KroneckerShapes, str]:
@@ -54,7 +56,8 @@ def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame
     ``configuration`` is "dense" or a name in ``PUBLISHED``, ``variant`` one of ``VARIANT_NAMES`` ("dense" without a
     compressor). ``retained`` is the score as a share (percent) of the dense score of the same task and seed; NaN
     without one. ``ratio`` is how many times smaller the encoder is, its pooler included where it has one. ``floor`` is
-    the score of one label for all where ``records`` hold it, ``informative`` as in ``analysis.uninformative``.
+    the score of one answer for all where ``records`` hold it, ``floor retained`` what that is of the dense score,
+    ``informative`` as in ``analysis.uninformative``.
 
     Raises:
         StudyError: no run is finished.
@@ -71,8 +74,10 @@ def kronecker_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame
         })  # fmt: skip
     frame = pd.DataFrame(rows)
     dense = frame[frame["configuration"] == DENSE].set_index(["task", "seed"])["score"]
-    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
+    own = of_same_seed(frame, dense)
+    frame["retained"] = 100 * frame["score"] / own
     frame["floor"] = frame["task"].map(one_label_scores(records)).astype(float)
+    frame["floor retained"] = 100 * frame["floor"] / own
     frame["informative"] = ~frame["task"].isin(uninformative(records))
     return frame
 
@@ -85,21 +90,26 @@ def complete(frame: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
 
 
 def first_stage_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame:
-    """One row per first stage and term: mean squared error on held-out text before and after, and what is left (%)."""
+    """One row per first stage and term: mean squared error on held-out text before and after, and what is left (%).
+
+    ``share of loss (%)`` is the term's part, with its weight, of the loss before training.
+    """
     names, rows = configuration_names(profile), []
     for record in records:
         if not isinstance(record.spec, TextDistillationSpec):
             continue
+        weights = record.spec.distillation.model_dump()
+        loss = sum(weights[term] * record["before"][term] for term in TERM_NAMES)
         for term in TERM_NAMES:
             before, after = record["before"][term], record["after"][term]
             rows.append({
                 "configuration": _configuration(record.spec, names),
                 "factors": record["compression"]["initialisation"], "term": term, "before": before, "after": after,
-                "left (%)": 100 * after / before, "minutes": record["training"]["seconds"] / 60,
-                "tokens": record["training"]["tokens"],
+                "left (%)": 100 * after / before, "share of loss (%)": 100 * weights[term] * before / loss,
+                "minutes": record["training"]["seconds"] / 60, "tokens": record["training"]["tokens"],
             })  # fmt: skip
-    columns = ["configuration", "factors", "term", "before", "after", "left (%)", "minutes", "tokens"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["configuration", "factors", "term", "before", "after", "left (%)", "share of loss (%)"]
+    return pd.DataFrame(rows, columns=[*columns, "minutes", "tokens"])
 
 
 def loss_curves(records: Iterable[Record], profile: Profile) -> pd.DataFrame:
@@ -188,16 +198,60 @@ def exact_sizes() -> pd.DataFrame:
     return frame
 
 
-def cost_frame(latency: pd.DataFrame) -> pd.DataFrame:
+def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """``analysis.latency_frame`` of ``plans.kronecker_speed`` with the rates that every model reaches.
+
+    ``GFLOP/s`` and ``GB/s`` are the operations and bytes (as in fp32) of a pass over its median time, ``… of dense
+    (%)`` their shares of the dense model's on the same engine. ``disturbed`` marks engines by ``DISTURBED``.
+    """
+    frame = latency_frame(records)
+    if frame.empty:
+        return frame
+    frame["GFLOP/s"] = frame["flops"] / frame["median_ms"] / 1e6
+    frame["GB/s"] = frame["traffic_bytes"] / frame["median_ms"] / 1e6
+    run = ["engine", "batch"]
+    dense = frame[frame["model"] == DENSE].set_index(run).reindex(pd.MultiIndex.from_frame(frame[run]))
+    for rate in ("GFLOP/s", "GB/s"):
+        frame[f"{rate} of dense (%)"] = 100 * frame[rate].to_numpy() / dense[rate].to_numpy()
+    frame["disturbed"] = (dense["q3_ms"] - dense["q1_ms"] > DISTURBED * dense["median_ms"]).to_numpy()
+    return frame
+
+
+def bounds(speed: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of ``speed_frame`` with factors, by what may hold them up: their rates beside the dense model's.
+
+    ``arithmetic``: at least half of its operations a second; ``traffic``: at least as many bytes a second; ``neither``:
+    less than half of both; ``between``: the rest. Disturbed runs are left out, and INT8 engines, of which bytes counted
+    in fp32 say nothing.
+    """
+    rows = speed[(speed["model"] != DENSE) & (speed["precision"] != "int8") & ~speed["disturbed"]]
+    fast, traffic = rows["GFLOP/s of dense (%)"] >= 50, rows["GB/s of dense (%)"]
+    return {
+        "arithmetic": rows[fast], "traffic": rows[~fast & (traffic >= 100)], "neither": rows[~fast & (traffic < 50)],
+        "between": rows[~fast & (traffic >= 50) & (traffic < 100)],
+    }  # fmt: skip
+
+
+def cost_frame(speed: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     """What one forward pass computes and moves, per model and batch, relative to the dense model's.
 
+    ``linear`` is ``flops`` without attention's two products of activations. ``published`` are the printed FLOPs (G),
+    the later version's first, where what was timed is what they were printed for: BERT-base, one text of 128 tokens.
+
     Args:
-        latency: ``analysis.latency_frame`` of ``plans.kronecker_speed``; not empty.
+        speed: ``speed_frame``; not empty.
     """
-    columns = ["model", "batch", "parameters", "flops", "traffic_bytes"]
-    frame = latency[columns].drop_duplicates(["model", "batch"]).copy()
+    columns = ["model", "batch", "length", "layers", "parameters", "flops", "traffic_bytes"]
+    frame = speed[columns].drop_duplicates(["model", "batch"]).reset_index(drop=True)
+    architecture = SPEED_ARCHITECTURES[profile.kronecker.speed_shape]
+    width = ARCHITECTURES[architecture].hidden_size
+    frame["linear"] = frame["flops"] - 4 * width * frame["batch"] * frame.pop("layers") * frame["length"] ** 2
+    rows = published("tahaei2021", metric="flops").sort_values("place")
+    printed = {name: ", ".join(f"{value:g}" for value in part["value"]) for name, part in rows.groupby("method")}
+    same = (frame["batch"] == 1) & (frame.pop("length") == 128) & (architecture == PUBLISHED_ON)
+    frame["published"] = frame["model"].map(printed).where(same)
     dense = frame[frame["model"] == DENSE].set_index("batch")
     for column, name in (("flops", "FLOPs ÷"), ("traffic_bytes", "traffic ÷")):
         frame[name] = frame["batch"].map(dense[column]) / frame[column]
     frame["FLOPs per byte"] = frame["flops"] / frame["traffic_bytes"]
-    return frame.reset_index(drop=True)
+    return frame

@@ -91,6 +91,12 @@ def seeds_of(frame: pd.DataFrame) -> int:
     return int(frame.groupby("task")["seed"].nunique().max()) if len(frame) else 0
 
 
+def informative_rows(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows (columns title, informative) of informative tasks, and what evidence says of the others."""
+    titles = ", ".join(rows[~rows["informative"]]["title"].unique())
+    return rows[rows["informative"]], f"; left out, dense close to one answer for all: {titles}" if titles else ""
+
+
 def retains(claim: str, printed: float, rows: pd.DataFrame, evidence: str) -> dict[str, str]:
     """Verdict on a claim of quality: the mean ``retained`` share against the published one, in percent, per task.
 

@@ -4,7 +4,17 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.block_movement import PAIR, filled_speed, headline_shape, held_count, paired
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, leads, seeds_of, timed_on, verdict
+from lib.claims import (
+    NOT_RUN,
+    QUALITY_TOLERANCE,
+    SPEED_TOLERANCE,
+    as_small,
+    informative_rows,
+    leads,
+    seeds_of,
+    timed_on,
+    verdict,
+)
 from lib.data import TASKS
 from lib.intervals import bootstrap_interval
 from lib.models import ARCHITECTURES
@@ -65,7 +75,7 @@ def _kept(frame: pd.DataFrame) -> dict[str, str]:
     claim = "It loses 1 % of its F1"
     printed = 100 - published("lagunas2021", place="v1 sec. 1", metric="score_loss")["value"].item()
     target = 100 - published("lagunas2021", place="v1 sec. 1", metric="weights_removed")["value"].item()
-    rows, left_out = _informative(frame[(frame["method"] == "hybrid-filled") & frame["retained"].notna()])
+    rows, left_out = informative_rows(frame[(frame["method"] == "hybrid-filled") & frame["retained"].notna()])
     if rows.empty:
         return _nothing(claim, f"{printed:.0f} % retained", left_out)
     distance = (rows.groupby("strength")["stored"].mean() - target).abs()
@@ -77,12 +87,6 @@ def _kept(frame: pd.DataFrame) -> dict[str, str]:
     evidence += "" if holds is not None else f"; too little is removed to compare with {100 - target:.0f} %"
     ours = f"{found.mean:.1f} % retained{spread}"
     return verdict(claim, "quality", f"{printed:.0f} % retained", ours, holds, evidence, seeds_of(rows))
-
-
-def _informative(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows of informative tasks, and what to say of the others."""
-    titles = ", ".join(rows[~rows["informative"]]["title"].unique())
-    return rows[rows["informative"]], f"; left out, dense close to one answer for all: {titles}" if titles else ""
 
 
 def _nothing(claim: str, printed: str, left_out: str) -> dict[str, str]:
@@ -116,7 +120,7 @@ def _lead(frame: pd.DataFrame, claim: str, other: str, printed: str, better: str
     Models that answer the same whatever is asked are counted, not compared.
     """
     pairs, gaps = [], []
-    known, left_out = frame[frame["retained"].notna()], _informative(frame[frame["method"] == other])[1]
+    known, left_out = frame[frame["retained"].notna()], informative_rows(frame[frame["method"] == other])[1]
     known = known[known["informative"]]
     rivals, lost = known[known["method"] == other], known[(known["method"] == other) & known["constant"]]
     ours = known[known["method"].isin(["hybrid", "hybrid-top-k"]) & ~known["constant"]]
@@ -159,7 +163,7 @@ def _filling(frame: pd.DataFrame, own: pd.DataFrame) -> dict[str, str]:
     gain = gains["hybrid-filled"] - gains["hybrid"]
     claim = "Filling the zeros again gains quality at the same speed"
     printed = f"{gain.min():+.1f} to {gain.max():+.1f} F1"
-    judged, left_out = _informative(frame[frame["method"].isin(["hybrid-filled", "hybrid"])])
+    judged, left_out = informative_rows(frame[frame["method"].isin(["hybrid-filled", "hybrid"])])
     about, timed = "(task, seed, strength); filling comes with training on; ", filled_speed(judged, own)
     if timed.empty:
         about += "the speed of no pair is measured"
@@ -176,7 +180,7 @@ def _teacher(frame: pd.DataFrame) -> dict[str, str]:
     gain = gains["hybrid"] - gains["hybrid-alone"]
     claim = "A teacher helps"
     printed = f"{gain.min():+.1f} to {gain.max():+.1f} points (SST-2, QQP)"
-    _, left_out = _informative(frame[frame["method"] == "hybrid-alone"])
+    _, left_out = informative_rows(frame[frame["method"] == "hybrid-alone"])
     judged = frame[frame["informative"]]
     pairs = paired(judged, "hybrid", "hybrid-alone", NEAR)
     if pairs.empty and len(paired(judged, "hybrid", "hybrid-alone")):

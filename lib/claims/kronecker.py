@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from lib.analysis.kronecker import NAMES, complete, exact_sizes, published_retained
+from lib.analysis.kronecker import DISTURBED, NAMES, complete, exact_sizes, published_retained
 from lib.claims import NOT_RUN, SPEED_TOLERANCE, as_small, leads, retains, seeds_of, timed_on, verdict
 from lib.data import TASKS
 from lib.published import published
@@ -14,8 +14,8 @@ def verdicts(frame: pd.DataFrame, speed: pd.DataFrame) -> pd.DataFrame:
     """Verdicts on the paper.
 
     Args:
-        frame: ``kronecker_analysis.kronecker_frame``.
-        speed: ``analysis.latency_frame`` of ``plans.kronecker_speed``; may be empty.
+        frame: ``analysis.kronecker.kronecker_frame``.
+        speed: ``analysis.kronecker.speed_frame``; may be empty.
     """
     full = frame[frame["variant"] == "full"].dropna(subset=["retained"])
     return pd.DataFrame([
@@ -49,9 +49,14 @@ def _size(name: str) -> dict[str, str]:
     )  # fmt: skip
 
 
-def _smallest_batch(speed: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The paper times batch 1."""
-    return speed[(speed["model"] == name) & (speed["batch"] == 1)] if len(speed) else speed
+def _smallest_batch(speed: pd.DataFrame, name: str) -> tuple[pd.DataFrame, str]:
+    """Rows of a model at batch 1, which the paper times, without disturbed ones, and what to say of those."""
+    if speed.empty:
+        return speed, ""
+    rows = speed[(speed["model"] == name) & (speed["batch"] == 1)]
+    kept, noisy = rows[~rows["disturbed"]], rows[rows["disturbed"]]["engine"].tolist()
+    spread = f"; left out, the dense model's quartiles more than {100 * DISTURBED:.0f} % of its median apart: "
+    return kept, spread + ", ".join(noisy) if noisy else ""
 
 
 def _printed_speed(name: str) -> dict[str, float]:
@@ -61,12 +66,13 @@ def _printed_speed(name: str) -> dict[str, float]:
 
 def _slower(speed: pd.DataFrame) -> dict[str, str]:
     claim, printed = "KroneckerBERT8 is slower than BERT-base", _printed_speed("kron8").values()
-    shown, rows = f"{min(printed):.2f} to {max(printed):.2f} ×", _smallest_batch(speed, "kron8")
+    shown, (rows, left_out) = f"{min(printed):.2f} to {max(printed):.2f} ×", _smallest_batch(speed, "kron8")
     if rows.empty:
-        return verdict(claim, "speed", shown, NOT_RUN, None, "")
+        return _nothing_timed(claim, shown, left_out)
     ratios = rows["ratio_to_dense"]
     evidence = (
-        f"{timed_on(rows)}, random weights; slower on {(ratios < 1).sum()} of them. Published: two phones and a Xeon"
+        f"{timed_on(rows)}, random weights; slower on {(ratios < 1).sum()} of them{left_out}. "
+        "Published: two phones and a Xeon"
     )
     return verdict(claim, "speed", shown, f"{ratios.min():.2f} to {ratios.max():.2f} ×", ratios < 1, evidence)
 
@@ -74,18 +80,26 @@ def _slower(speed: pd.DataFrame) -> dict[str, str]:
 def _faster(speed: pd.DataFrame) -> dict[str, str]:
     claim = "KroneckerBERT19 is faster than BERT-base on a CPU"
     xeon = next(value for device, value in _printed_speed("kron19").items() if "CPU" in device)
-    rows = _smallest_batch(speed, "kron19")
+    rows, left_out = _smallest_batch(speed, "kron19")
     other = ""
-    if rows.empty:  # the same layers with other embeddings
-        rows, other = _smallest_batch(speed, "kron21"), "; measured on KroneckerBERT21, whose layers are the same"
+    if rows.empty and not left_out:  # the same layers with other embeddings
+        rows, left_out = _smallest_batch(speed, "kron21")
+        other = "; measured on KroneckerBERT21, whose layers are the same"
     if rows.empty:
-        return verdict(claim, "speed", f"{xeon:.2f} ×", NOT_RUN, None, "")
+        return _nothing_timed(claim, f"{xeon:.2f} ×", left_out)
     ratios = rows["ratio_to_dense"]
     return verdict(
         claim, "speed", f"{xeon:.2f} ×", f"{ratios.min():.2f} to {ratios.max():.2f} ×",
         (ratios > 1) & (ratios >= SPEED_TOLERANCE * xeon),
-        f"{timed_on(rows)}, random weights; faster on {(ratios > 1).sum()} of them{other}",
+        f"{timed_on(rows)}, random weights; faster on {(ratios > 1).sum()} of them{other}{left_out}",
     )  # fmt: skip
+
+
+def _nothing_timed(claim: str, shown: str, left_out: str) -> dict[str, str]:
+    if not left_out:
+        return verdict(claim, "speed", shown, NOT_RUN, None, "")
+    row = verdict(claim, "speed", shown, "disturbed", None, left_out.removeprefix("; "))
+    return row | {"verdict": "cannot tell: every run was disturbed"}
 
 
 def _sentences(frame: pd.DataFrame) -> pd.DataFrame:
@@ -99,7 +113,7 @@ def _nearly_all(full: pd.DataFrame, name: str) -> dict[str, str]:
     printed = f"{(theirs > NEARLY_ALL).sum()} of {len(theirs)} tasks in its own table"
     rows = _sentences(full[full["configuration"] == name])
     dull = ", ".join(rows[~rows["informative"]]["title"].unique())
-    left_out = f"; left out, dense close to one label for all: {dull}" if dull else ""
+    left_out = f"; left out, dense close to one answer for all: {dull}" if dull else ""
     rows = rows[rows["informative"]]
     if rows.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, left_out.removeprefix("; "))
@@ -137,5 +151,5 @@ def _ablation(frame: pd.DataFrame, variant: str, claim: str, text: str, teacher:
     evidence = f"points of score, paired over {len(pairs)} (task, seed): {', '.join(rows['title'].unique())}"
     rivals = rows[rows["variant"] == variant]
     useless = int((rivals["score"] <= rivals["floor"] + 1e-6).sum())
-    evidence += f"; without it {useless} of {len(rivals)} do no better than one label for all" if useless else ""
+    evidence += f"; without it {useless} of {len(rivals)} do no better than one answer for all" if useless else ""
     return leads(claim, printed, pairs["full"] - pairs[variant], evidence, seeds_of(rows), "points with it")

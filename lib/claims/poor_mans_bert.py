@@ -5,9 +5,20 @@ import pandas as pd
 
 from lib.analysis import published_retained
 from lib.analysis.poor_mans_bert import with_most_seeds
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, seeds_of, signed, timed_on, verdict
+from lib.claims import (
+    ENOUGH_SEEDS,
+    NOT_RUN,
+    QUALITY_TOLERANCE,
+    SPEED_TOLERANCE,
+    as_small,
+    informative_rows,
+    seeds_of,
+    signed,
+    timed_on,
+    verdict,
+)
 from lib.data import TASKS
-from lib.intervals import bootstrap_interval
+from lib.intervals import t_interval
 from lib.models import published_parameters
 from lib.published import published
 
@@ -89,7 +100,7 @@ def _retained(glue: pd.DataFrame, layers: int) -> dict[str, str]:
         return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, left_out.removeprefix("; "))
     means = ours.groupby("task")["retained"].mean()
     evidence = f"mean over {_titles(ours)}, {_seeds(ours)}; the paper's is over 7 GLUE tasks{left_out}"
-    spread = f" ({means.min():.1f} to {means.max():.1f})" if means.max() - means.min() >= 0.1 else ""
+    spread = f" (range over tasks {means.min():.1f} to {means.max():.1f})" if means.max() - means.min() >= 0.1 else ""
     shown, holds = f"{means.mean():.1f} %{spread}", means >= printed - QUALITY_TOLERANCE
     return verdict(claim, "quality", f"{printed:.1f} %", shown, holds, evidence, seeds_of(ours))
 
@@ -118,34 +129,38 @@ def _titles(rows: pd.DataFrame) -> str:
 
 def _compared(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Rows of informative tasks that have as many seeds as any, and what to say of the others."""
-    informative, left_out = _informative(rows)
+    informative, left_out = informative_rows(rows)
     chosen = with_most_seeds(informative)
     fewer = _titles(informative[~informative["task"].isin(chosen["task"])])
     return chosen, left_out + (f"; left out, fewer seeds: {fewer}" if fewer else "")
 
 
-def _informative(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The rows of informative tasks, and what to say of the others."""
-    titles = ", ".join(rows[~rows["informative"]]["title"].unique())
-    return rows[rows["informative"]], f"; left out, dense close to one label for all: {titles}" if titles else ""
-
-
 def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
+    """Whether a procedure is no better than dropping first, or, for "after", neither better nor worse.
+
+    A claim of no difference needs an interval that leaves no room for one: all of it within the tolerance.
+    """
     printed = "comparable" if procedure == "after" else "no gain"
-    both, left_out = _informative(orders[orders["procedure"].isin(["before", procedure])])
+    both, left_out = informative_rows(orders[orders["procedure"].isin(["before", procedure])])
     pairs = both.pivot_table(index=["k", "task", "seed"], columns="procedure", values="retained").dropna()
     if both["procedure"].nunique() < 2 or pairs.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, left_out.removeprefix("; "))
-    gain = bootstrap_interval(pairs[procedure] - pairs["before"])
-    gained = abs(gain.mean) if procedure == "after" else gain.mean
+    gain = t_interval(pairs[procedure] - pairs["before"])
+    room, worst = f"+{QUALITY_TOLERANCE:.0f} points", -np.inf
+    if procedure == "after":
+        room, worst = f"±{QUALITY_TOLERANCE:.0f} points", -QUALITY_TOLERANCE
     compared = pairs.reset_index()
-    evidence = f"retained share, paired over {len(pairs)} (K, task, seed), {_seeds(compared)}; 95 % bootstrap interval"
+    evidence = f"retained share, paired over {len(pairs)} (K, task, seed), {_seeds(compared)}; 95 % Student t interval"
+    evidence += f", holds where all of it is {'within' if procedure == 'after' else 'below'} {room}"
     evidence += "; fine-tuned twice, each time as long as the others" if procedure == "after" else ""
     alone = both[both.set_index(["k", "task", "seed"]).index.isin(pairs.index)]
     floored = alone[(alone["procedure"] == procedure) & (alone["score"] <= alone["floor"] + 1e-6)]
-    evidence += f"; {len(floored)} of the runs give one label for all" if len(floored) else ""
-    holds = bool(gained <= QUALITY_TOLERANCE)
-    return verdict(claim, "quality", printed, signed(gain), holds, evidence + left_out, seeds_of(compared))
+    evidence += f"; {len(floored)} of the runs give one answer for all" if len(floored) else ""
+    holds, seeds = bool(worst < gain.low and gain.high < QUALITY_TOLERANCE), seeds_of(compared)
+    row = verdict(claim, "quality", printed, signed(gain), holds, evidence + left_out, seeds)
+    if seeds >= ENOUGH_SEEDS and not holds and gain.low < QUALITY_TOLERANCE and worst < gain.high:
+        row["verdict"] = f"cannot tell: the interval crosses {room}"
+    return row
 
 
 def _seeds(frame: pd.DataFrame) -> str:
