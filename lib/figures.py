@@ -266,7 +266,7 @@ def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
     if not counts:
         return "No run of ours is finished yet."
     if counts == [1]:
-        return f"Single runs (n = 1 of {of}), so no interval."
+        return "Single runs (n = 1), so no interval."
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     note = f"Mean and 95 % bootstrap interval (band or bar) over n = {span} {of}"
     return f"{note}; no interval where n = 1." if counts[0] == 1 else f"{note}."

@@ -28,7 +28,7 @@ class LostPrecision(StudyError):
 class BlockFisher:
     """Inverse of the block Fisher of ``size`` weights, one gradient at a time; nothing is kept of a gradient.
 
-    Memory: size * block floats for the inverse, one gradient's worth for F^-1 g, and ``CHUNK_BYTES``.
+    Memory: size * block floats for the inverse; beside the gradient itself, ``add`` takes no more than a chunk's worth.
     """
 
     def __init__(self, size: int, block: int, gradients: int, dampening: float = 1e-7,
@@ -79,7 +79,7 @@ class BlockFisher:
         if self.seen >= self.gradients:
             raise StudyError(f"block Fisher: more gradients came than the {self.gradients} that were announced")
         rows = self._rows(gradient)
-        if not torch.isfinite(rows).all():
+        if not torch.stack(rows.aminmax()).isfinite().all():  # without isfinite's copies of the whole gradient
             raise StudyError(f"block Fisher: gradient {self.seen + 1} is not finite; the loss has diverged")
         for part in self._chunks():
             inverse, g = self.inverse[part], rows[part].unsqueeze(2)

@@ -1,4 +1,4 @@
-"""How many bytes a sparse model takes on disk, in encodings that are really written and read back.
+"""How many bytes a sparse model takes on disk, in encodings that are really written (and read back by the tests).
 
 - *bitmask*: one bit per weight (or per run of four) says whether it lives; the living values follow.
 - *CSR*: values, 16-bit column numbers, 32-bit row starts.
@@ -29,12 +29,6 @@ def int8_scale(weight: Tensor) -> Tensor:
     return torch.where(largest > 0, largest / 127, 1.0)
 
 
-def on_int8_grid(weight: Tensor) -> bool:
-    """Whether every value is a whole multiple of its row's scale, to float32's rounding."""
-    steps = weight.detach() / int8_scale(weight)
-    return bool((steps - steps.round()).abs().max() < 1e-3)
-
-
 def encode_bitmask(weight: Tensor, group: int = 1, int8: bool = False) -> bytes:
     """A matrix as bitmask and living values; ``group`` weights of a row share a bit.
 
@@ -50,29 +44,6 @@ def encode_bitmask(weight: Tensor, group: int = 1, int8: bool = False) -> bytes:
     kept = values.reshape(-1, group)[alive].numpy().tobytes()
     header = HEADER.pack(MAGIC, group, 1 if int8 else 4, *dense.shape)
     return header + scales + np.packbits(alive.numpy()).tobytes() + kept
-
-
-def decode_bitmask(data: bytes) -> Tensor:
-    """The matrix that ``encode_bitmask`` wrote, fp32.
-
-    Raises:
-        StudyError: other data.
-    """
-    magic, group, width, rows, columns = HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise StudyError("sparse storage: these bytes are not a bitmask-encoded matrix")
-    at, runs = HEADER.size, rows * columns // group
-    scales = None
-    if width == 1:
-        scales = torch.from_numpy(np.frombuffer(data, np.float32, rows, at).copy())
-        at += 4 * rows
-    bits = np.frombuffer(data, np.uint8, -(-runs // 8), at)
-    alive = torch.from_numpy(np.unpackbits(bits, count=runs).astype(bool))
-    kept = np.frombuffer(data, np.int8 if width == 1 else np.float32, offset=at + len(bits))
-    dense = torch.zeros(runs, group)
-    dense[alive] = torch.from_numpy(kept.astype(np.float32)).view(-1, group)
-    dense = dense.view(rows, columns)
-    return dense if scales is None else dense * scales[:, None]
 
 
 def encode_csr(weight: Tensor, int8: bool = False) -> bytes:

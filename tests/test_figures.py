@@ -153,7 +153,7 @@ def test_band_plot_draws_what_it_returns():
         ([3, 3], "over n = 3 seeds."),
         ([2, 5], "over n = 2 to 5 seeds."),
         ([1, 3], "n = 1 to 3 seeds; no interval where n = 1."),
-        ([1, 1], "Single runs (n = 1 of seeds), so no interval."),
+        ([1, 1], "Single runs (n = 1), so no interval."),
     ],
 )
 def test_captions_say_how_many(counts, says):

@@ -6,6 +6,8 @@ import torch
 from lib import fisher
 from lib.config import StudyError
 from lib.fisher import BlockFisher, cubic_sparsity, smallest
+from lib.fisher_speed import one_gradient
+from lib.memory import peak_memory
 
 LAMBDA, M = 1e-2, 12
 
@@ -139,6 +141,13 @@ def test_joint_update_beats_the_sum_which_beats_none():
         assert rise(matrix, joint + step) > rise(matrix, joint)
 
 
+def test_adding_a_gradient_takes_no_memory_beside_it():
+    """The inverse (width 4) and the gradient: five floats a weight, and a chunk."""
+    weights = 4_000_000
+    found = peak_memory(one_gradient, weights=weights, width=4)
+    assert found == pytest.approx(4 * weights * 5, rel=0.05)
+
+
 def test_width_one_is_magnitude_weighted_by_mean_squared_gradients():
     rows, w = gradients(9), weights(9)
     found = made(rows, 1)
@@ -177,7 +186,10 @@ def test_exactly_count_are_chosen_also_among_equals(count):
         (lambda f: BlockFisher(0, 5, 3), "found 0 weights"),
         (lambda f: BlockFisher(9, 5, 3, dampening=0.0), "dampening 0; each must be above 0"),
         (lambda f: f.add(torch.zeros(7)), "found a vector of 7 values, expected 12"),
-        (lambda f: f.add(torch.full((12,), torch.nan)), "gradient 1 is not finite"),
+        *(
+            (lambda f, bad=bad: f.add(torch.tensor(11 * [1.0] + [bad])), "gradient 1 is not finite")
+            for bad in (torch.nan, torch.inf, -torch.inf)
+        ),
         (lambda f: [f.add(torch.zeros(12)) for _ in range(4)], "more gradients came than the 3"),
         (lambda f: f.saliency(torch.ones(12), 4), "groups of 4 do not divide"),
         (lambda f: f.update(torch.ones(12), torch.arange(12) == 0, 3), "a group of 3 is pruned in part"),

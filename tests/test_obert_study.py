@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import small_profile
+from conftest import record, small_profile
 
 from lib import benchmark, engines, experiments, fisher_speed, plans
 from lib.analysis import obert as frames
@@ -32,10 +32,12 @@ from lib.plans.obert import (
     headline_compounds,
     language_model,
     pruned,
+    published_checkpoints,
     schedule,
     sparse_speed,
     transfer,
 )
+from lib.plots import obert as plots
 from lib.runs import ensure
 from lib.specs import LatencySpec, TrainSpec, UpstreamSpec, parse_spec, spec_hash
 from lib.training import TrainingSettings
@@ -270,6 +272,41 @@ def test_frames_say_what_every_run_is(finished):
     assert whole["over best dense"] == pytest.approx(best / whole["anchored ms"])
 
 
+def test_published_checkpoints_are_evaluated_as_they_come(finished, tmp_path):
+    """A pruned model in a folder stands in for one of the hub: its own zeros, its own head, no training."""
+    study, records, _ = finished
+    mine = next(other for other in records if isinstance(other.spec, TrainSpec) and kind_of(other.spec) == "one-shot")
+    model, tokenizer = experiments.finished_model(study, mine.spec)
+    for folder in (tmp_path / "some-80", tmp_path / "elsewhere"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    checkpoints = {str(tmp_path / "some-80"): "world_sentiment", str(tmp_path / "elsewhere"): "mnli"}
+    update = {"obert": study.obert.model_copy(update={"checkpoints": checkpoints})}
+    assert plans.make_plan("published_checkpoints", study.model_copy(update=update), None) == []
+    hub = study.model_copy(update=update | {"data": "hub"})
+    plan = plans.make_plan("published_checkpoints", hub, None)  # the profile has no MNLI
+    assert [(spec.encoder, spec.training.epochs) for spec in plan] == [(str(tmp_path / "some-80"), 0)]
+    (found,) = ensure(plan, hub)
+    assert kind_of(found.spec) == "checkpoint" and found["score"] == mine["score"]
+    assert found["compression"]["sparsity"] == mine["compression"]["sparsity"]
+    quality = obert_frame(records)
+    row = frames.checkpoint_frame([found], quality).iloc[0]
+    own = quality.query("kind == 'gradual' and method == 'obert' and budget == 'long' and layers == 4")["score"]
+    assert (row["checkpoint"], round(row["sparsity"])) == ("some-80", 80) and np.isnan(row["printed"])
+    assert row["seeds"] == len(own) > 0 and row["ours"] == own.mean()
+
+
+def test_checkpoints_stand_beside_their_printed_scores(study):
+    """The score of Table 1 with 30 epochs, at the sparsity that the file has."""
+    (spec,) = published_checkpoints(study.model_copy(update={
+        "data": "hub", "tasks": {"squad_v1": study.tasks["world_sentiment"]},
+        "obert": study.obert.model_copy(update={"checkpoints": {"someone/obert-97": "squad_v1"}}),
+    }))  # fmt: skip
+    found = frames.checkpoint_frame([record(spec, score=80.0, compression={"sparsity": 0.9702})], pd.DataFrame())
+    assert found["printed"].tolist() == [85.98] and found["checkpoint"].tolist() == ["obert-97"]
+    assert found["seeds"].tolist() == [0] and found["ours"].isna().all()
+
+
 def test_verdicts_are_complete_with_and_without_records(finished):
     _, records, timed = finished
     full = claims_of.verdicts(obert_frame(records), speed_frame(timed))
@@ -277,6 +314,54 @@ def test_verdicts_are_complete_with_and_without_records(finished):
     assert full["claim"].tolist() == empty["claim"].tolist() and full["claim"].is_unique
     assert set(empty[empty["check"] != "size"]["ours"]) == {claims_of.NOT_RUN}
     assert "too few seeds" in full[full["claim"] == "What oBERT keeps at 80 % sparsity"]["verdict"].item()
+
+
+def gradual(*rows: tuple[str, int, float, bool]) -> pd.DataFrame:
+    """Of ``obert_frame`` what verdicts on rankings read, from (method, seed, retained, constant)."""
+    frame = pd.DataFrame(rows, columns=["method", "seed", "retained", "constant"])
+    return frame.assign(kind="gradual", budget="long", layers=6, group=1, task="stsb", title="STS-B", target=90.0)
+
+
+def test_a_rival_that_answers_the_same_to_all_is_counted_and_not_beaten():
+    ours = [("obert", seed, 98.0 + seed, False) for seed in range(3)]
+    lost = [("movement", seed, 0.0, True) for seed in range(2)]
+    row = claims_of._better_than(gradual(*ours, *lost), "movement", 90.0)
+    assert (row["ours"], row["verdict"]) == ("nothing to compare", "not testable here")
+    assert row["evidence"] == "2 of 2 models of the rival give one answer for all"
+    row = claims_of._better_than(gradual(*ours, lost[0], ("movement", 1, 89.0, False)), "movement", 90.0)
+    assert row["ours"].startswith("+10.0 points") and "1 of 2 models of the rival give one answer" in row["evidence"]
+    note = plots.constant_note(gradual(*ours, *lost), "stsb")
+    assert note == "2 of 2 models of Movement at 90 %" and plots.constant_note(gradual(*ours), "stsb") == ""
+    assert plots.constant_note(gradual(*ours, *lost), "stsb", 97.0) == ""
+
+
+def test_published_numbers_stand_beside_the_budget_whose_epochs_they_have():
+    long, short = gradual(("obert", 0, 99.0, False), ("movement", 0, 0.0, True)), gradual(("obert", 0, 98.0, False))
+    found = frames.against_published(pd.concat([long, short.assign(budget="short")])).set_index(["method", "budget"])
+    dense = 88.54
+    assert found[30].round(6).tolist() == [round(100 * score / dense, 6) for score in (88.31, 87.42, 88.31)]
+    assert found[10].round(6).tolist() == [round(100 * score / dense, 6) for score in (87.98, 84.9, 87.98)]
+    assert found["difference"]["obert", "long"] == pytest.approx(99 - 100 * 88.31 / dense)
+    assert found["difference"]["obert", "short"] == pytest.approx(98 - 100 * 87.98 / dense)
+    assert found["constant"].tolist() == [0, 1, 0]
+
+
+def test_layers_of_models_that_answer_the_same_to_all_are_drawn_only_where_there_is_no_other():
+    rows = [(method, part, layer, method == "movement") for method in ("obert", "movement") for part in ("query", "key")
+            for layer in (1, 2)]  # fmt: skip
+    layers = pd.DataFrame(rows, columns=["method", "part", "layer", "constant"])
+    layers = layers.assign(task="stsb", budget="long", target=90.0, layers=2, seed=0, sparsity=90.0)
+    fig, drawn = plots.layer_figure(layers)
+    assert [ax.get_title() for ax in fig.axes] == ["oBERT"] and len(drawn) == 4 and not drawn["constant"].any()
+    fig, drawn = plots.layer_figure(layers[layers["constant"]])
+    assert [ax.get_title() for ax in fig.axes] == ["Movement"] and drawn["constant"].all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"), [([1, 1], "n = 1 seed"), ([2], "n = 2 seeds"), ([3, 1], "n = 1 to 3 seeds")]
+)
+def test_seeds_are_counted_in_words(counts, said):
+    assert plots.seeds_text(pd.Series(counts)) == said
 
 
 def test_size_claim_is_exact_arithmetic():
@@ -297,17 +382,20 @@ def test_published_claims_are_the_abstracts():
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "ms", "level", "where"),
+    ("sparsity", "ms", "where"),
     [
-        ([0, 80, 90], [100, 50, 30], 40, 85.0),
-        ([90, 0, 80], [30, 100, 50], 50, 80.0),
-        ([0, 90], [100, 60], 50, np.nan),
-        ([0, 90], [40, 20], 50, 0.0),
-        ([], [], 50, np.nan),
+        ([0, 80, 90], [100, 60, 30], (80, 90)),
+        ([90, 0, 80], [30, 100, 48], (0, 90)),  # the quartiles overlap at 80 %
+        ([0, 90], [100, 52], (0, np.nan)),
+        ([0, 90], [100, 60], (90, np.nan)),
+        ([0, 90], [40, 20], (np.nan, 0)),
+        ([0, 80, 90], [40, 50, 20], (np.nan, 90)),
     ],
 )
-def test_crossover_is_where_a_curve_falls_below_the_level(sparsity, ms, level, where):
-    assert crossover(sparsity, ms, level) == pytest.approx(where, nan_ok=True)
+def test_crossover_is_bracketed_by_measured_points_whose_quartiles_do_not_overlap(sparsity, ms, where):
+    times = np.array(ms)
+    curve = pd.DataFrame({"sparsity": sparsity, "low ms": times - 4, "high ms": times + 4})
+    assert crossover(curve, {"low ms": 46, "high ms": 54}) == pytest.approx(where, nan_ok=True)
 
 
 def test_loop_over_blocks_is_the_same_recursion():
@@ -325,8 +413,9 @@ def test_fisher_cost_projects_to_bert_base():
     assert found["base_weights"] == 84_934_656 and found["slice"] == 700
     rows = {row["name"]: row for row in found["rows"]}
     assert list(rows) == ["loop over blocks", "batched", "batched, tiny"] and rows["batched, tiny"]["weights"] == 32_768
-    projected = rows["batched"]["per_gradient_s"] / 700 * 84_934_656 * 1024
-    assert found["base_projected_s"] == pytest.approx(projected) and found["floor_bytes"] == 4 * 700 * 51
+    batched = rows["batched"] | {"per_gradient_s": 2e-3, "saliency_s": 3.0, "update_s": 4.0}
+    projected = fisher_speed.projected_seconds(found | {"rows": [rows["loop over blocks"], batched]})
+    assert projected == pytest.approx((1024 * 2e-3 + 7) * 84_934_656 / 700) and found["floor_bytes"] == 4 * 700 * 51
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """From the records of notebook 03 to its frames: gradual, one-shot, upstream and compound pruning, sparse engines."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ KINDS = {
     "int8": "sparse and INT8", "transfer": "sparse transfer", "dense transfer": "transfer of the dense language model",
     "checkpoint": "published checkpoint",
 }  # fmt: skip
+EPOCHS = {"long": 30, "short": 10}  # the paper's schedule whose shape a budget has
 
 
 def kind_of(spec: TrainSpec) -> str:
@@ -93,7 +93,8 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per training run: what it is, realised sparsity (percent), score, retained share, bytes as stored.
 
     ``retained`` refers to the dense score of the same task and seed; ``smaller`` and ``smaller_gzip`` say how many
-    times fewer bytes the model takes than the dense one's file, in its smallest encoding or both gzipped.
+    times fewer bytes the model takes than the dense one's file, in its smallest encoding or both gzipped. ``constant``
+    models answer the same whatever is asked.
 
     Raises:
         StudyError: no run is finished.
@@ -113,6 +114,7 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
             "bits": compression.get("bits", 32), "score": record["score"], "train_s": training.get("seconds", 0.0),
             "dense_bytes": record["model"]["size_bytes"] if spec.compressor is None else np.nan,
             "encoding": encoding, "bytes": size, "gzip_bytes": storage.get("gzip", np.nan),
+            "constant": bool(record.result.get("constant_prediction")),
         })  # fmt: skip
     frame = pd.DataFrame(rows)
     dense = frame[frame["kind"] == "dense"].groupby(["task", "seed"])[["score", "dense_bytes"]].first()
@@ -123,8 +125,17 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
     return frame
 
 
+def full_depth(quality: pd.DataFrame, budget: str) -> pd.DataFrame:
+    """Of ``obert_frame`` the gradually pruned models that keep every layer, of one budget."""
+    deep = quality["layers"] == quality["layers"].max()
+    return quality[(quality["kind"] == "gradual") & (quality["budget"] == budget) & deep]
+
+
 def layer_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """Sparsity (percent) of every matrix of every gradually pruned model: task, method, target, layer, part."""
+    """Sparsity (percent) of every matrix of every gradually pruned model: task, method, target, layer, part.
+
+    ``constant`` models answer the same whatever is asked, so where their zeros are explains little.
+    """
     rows = []
     for record in records:
         spec = record.spec
@@ -136,8 +147,9 @@ def layer_frame(records: Iterable[Record]) -> pd.DataFrame:
                     "task": spec.task, "method": method_of(spec), "budget": budget_of(spec),
                     "target": 100 * _pruning(spec)["sparsity"], "layers": record["model"]["layers"], "seed": spec.seed,
                     "layer": number, "part": part, "sparsity": 100 * share,
+                    "constant": bool(record.result.get("constant_prediction")),
                 })  # fmt: skip
-    columns = ["task", "method", "budget", "target", "layers", "seed", "layer", "part", "sparsity"]
+    columns = ["task", "method", "budget", "target", "layers", "seed", "layer", "part", "sparsity", "constant"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -152,14 +164,14 @@ def upstream_frame(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per timed model and engine: layers, sparsity (percent), group, milliseconds and three ratios.
+    """One row per timed model, engine, batch and length, with its time and what it is compared with.
 
-    ``on engine`` is the dense full model's time on the same engine and in the same run over this one's; ``over fp32``
-    that of the plain fp32 engine of the same family, in the same run where both are there; ``over best dense`` the
-    fastest dense full model's of any engine under the same conditions, which is what a sparse model has to beat.
-
-    A machine may be faster in one run than in another, and no run holds all engines. So rows of different runs are
-    compared by ``anchored ms``: the dense full model's median over all runs on this engine, divided by ``on engine``.
+    A machine may be faster in one run than in another, and no run holds all engines. So every time is carried to the
+    median over runs of the dense full model on its engine: ``anchored ms`` is the model's median times that one over
+    the dense model's median in the same run. ``low ms`` and ``high ms`` are its quartiles, carried to the fastest and
+    the slowest of these runs. All ratios are of these times: ``over fp32`` to the dense full model on the plain fp32
+    engine of the same family (NaN where there is none), ``over best dense`` to the dense full model on the fastest
+    engine under the same conditions, which is what a sparse model has to beat, with ``… low`` and ``… high``.
     """
     rows = []
     for record in records:
@@ -174,21 +186,28 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
                 "family": row["engine"].split("-")[0], "layers": total - len(model.drop), "total": total,
                 "sparsity": 100 * model.sparsity, "group": model.group, "batch": row["batch"], "length": row["length"],
                 "threads": row["threads"], "n": row["n"], "ms": row["median_ms"], "q1_ms": row["q1_ms"],
-                "q3_ms": row["q3_ms"], "on engine": row["ratio_to_dense"], "run": record.hash,
-                "cpu": record.hardware.get("cpu", ""), "file (MB)": row["size_bytes"] / 1e6,
+                "q3_ms": row["q3_ms"], "run": record.hash, "cpu": record.hardware.get("cpu", ""),
+                "file (MB)": row["size_bytes"] / 1e6,
             })  # fmt: skip
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame
     condition = ["batch", "length"]
-    whole = frame[(frame["layers"] == frame["total"]) & (frame["sparsity"] == 0)]
-    anchors = whole.groupby(["engine", *condition])["ms"].median()
-    frame["anchored ms"] = _beside(frame, anchors) / frame["on engine"]
-    fp32 = whole[whole["engine"] == whole["family"] + "-fp32"]
-    near = _beside(frame, fp32.groupby(["run", "family", *condition])["ms"].first()) / frame["ms"]
-    far = _beside(frame, fp32.groupby(["family", *condition])["ms"].median()) / frame["anchored ms"]
-    frame["over fp32"] = near.fillna(far)
-    frame["over best dense"] = _beside(frame, anchors.groupby(condition).min()) / frame["anchored ms"]
+    is_whole = (frame["layers"] == frame["total"]) & (frame["sparsity"] == 0)
+    whole = frame[is_whole]
+    anchors = whole.groupby(["engine", *condition])["ms"].agg(["median", "min", "max"])
+    own = _beside(frame, whole.groupby(["run", "engine", *condition])["ms"].first())
+    frame["anchored ms"] = frame["ms"] * _beside(frame, anchors["median"]) / own
+    same = [frame[name] for name in ("engine", "layers", "sparsity", "group", *condition)]
+    for name, quartile, anchor in (("low ms", "q1_ms", "min"), ("high ms", "q3_ms", "max")):
+        carried = frame[quartile] * _beside(frame, anchors[anchor]) / own
+        frame[name] = carried.groupby(same).transform(anchor)
+    fp32 = whole[whole["engine"] == whole["family"] + "-fp32"].groupby(["family", *condition])["ms"].median()
+    frame["over fp32"] = _beside(frame, fp32) / frame["anchored ms"]
+    fastest = frame[is_whole].sort_values("anchored ms").groupby(condition).first()
+    frame["over best dense"] = _beside(frame, fastest["anchored ms"]) / frame["anchored ms"]
+    frame["over best dense low"] = _beside(frame, fastest["low ms"]) / frame["high ms"]
+    frame["over best dense high"] = _beside(frame, fastest["high ms"]) / frame["low ms"]
     return frame
 
 
@@ -197,20 +216,68 @@ def _beside(frame: pd.DataFrame, reference: pd.Series) -> np.ndarray:
     return reference.reindex(pd.MultiIndex.from_frame(frame[list(reference.index.names)])).to_numpy()
 
 
-def crossover(sparsity: Iterable[float], ms: Iterable[float], level: float) -> float:
-    """Sparsity (percent) from which a curve lies below ``level`` milliseconds; NaN when it never does.
+def crossover(curve: pd.DataFrame, level: Mapping[str, float] | pd.Series) -> tuple[float, float]:
+    """Measured sparsities (percent) up to which a curve is slower than a level, and from which on it is faster.
 
-    Between two measured points the time is taken to fall linearly with sparsity.
+    Where quartiles overlap it is neither. NaN where nothing that was measured is slower, or faster.
+
+    Args:
+        curve: columns sparsity, ``low ms`` and ``high ms``.
+        level: a row with ``low ms`` and ``high ms``.
     """
-    points = sorted(zip(sparsity, ms, strict=True))
-    if not points:
-        return float("nan")
-    if points[0][1] <= level:
-        return points[0][0]
-    for (left, before), (right, after) in itertools.pairwise(points):
-        if after <= level < before:
-            return left + (right - left) * (before - level) / (before - after)
-    return float("nan")
+    points = curve.sort_values("sparsity")
+    slower = np.logical_and.accumulate((points["low ms"] > level["high ms"]).to_numpy())
+    faster = np.logical_and.accumulate((points["high ms"] < level["low ms"]).to_numpy()[::-1])[::-1]
+    return float(points["sparsity"][slower].max()), float(points["sparsity"][faster].min())
+
+
+def checkpoint_frame(records: Iterable[Record], quality: pd.DataFrame) -> pd.DataFrame:
+    """The authors' checkpoints as evaluated here, beside their printed scores and our own runs of the same sparsity.
+
+    Args:
+        records: of the plan ``published_checkpoints``.
+        quality: ``obert_frame``; may be empty.
+
+    Returns:
+        One row per checkpoint: task, checkpoint, sparsity (percent), score, printed (30 epochs; NaN without one),
+        ours (mean score of the long gradual runs at full depth), seeds.
+    """
+    theirs = published("kurtic2022", place="Table 1", kind="gradual", method="obert", epochs=30)
+    printed = theirs.set_index(["task", "sparsity"])["value"]
+    long = full_depth(quality, "long").query("method == 'obert'") if len(quality) else quality
+    own = long.groupby(["task", long["target"].round()])["score"].agg(["mean", "size"]) if len(long) else pd.DataFrame()
+    rows = []
+    for record in records:
+        spec: Any = record.spec
+        sparsity = 100 * _zeros(record["compression"])
+        which = spec.task, round(sparsity)
+        mean, seeds = own.loc[which] if which in own.index else (np.nan, 0)
+        rows.append({
+            "task": TASKS[spec.task].title, "checkpoint": spec.encoder.split("/")[-1], "sparsity": sparsity,
+            "score": record["score"], "printed": printed.get(which, np.nan),
+            "ours": mean, "seeds": int(seeds),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def against_published(quality: pd.DataFrame) -> pd.DataFrame:
+    """Retained share of gradually pruned models of full depth beside the paper's after 30 epochs and after 10.
+
+    Returns:
+        One row per title, method, target and budget: mean, sd, seeds, constant (how many answer the same whatever is
+        asked), a column for each of ``EPOCHS``, and the difference to the one whose shape the budget has.
+    """
+    theirs = published_frame()
+    theirs = theirs[(theirs["kind"] == "gradual") & (theirs["layers"] == 12)]
+    printed = theirs.groupby(["method", "sparsity", "epochs"])["retained"].mean()  # tables repeat each other's numbers
+    rows = pd.concat([full_depth(quality, budget) for budget in EPOCHS]).dropna(subset=["retained"])
+    ours = rows.groupby(["title", "method", "target", "budget"], sort=False).agg(
+        mean=("retained", "mean"), sd=("retained", "std"), seeds=("seed", "nunique"), constant=("constant", "sum")
+    ).reset_index()  # fmt: skip
+    for epochs in EPOCHS.values():
+        ours[epochs] = [printed.get((row.method, row.target, epochs), np.nan) for row in ours.itertuples()]
+    ours["difference"] = [row["mean"] - row[EPOCHS[row["budget"]]] for _, row in ours.iterrows()]
+    return ours
 
 
 def published_frame(task: str = "squad_v1") -> pd.DataFrame:

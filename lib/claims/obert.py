@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.analysis.obert import published_frame
+from lib.analysis.obert import full_depth, published_frame
 from lib.claims import NOT_CLAIMED, NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, leads, retains, seeds_of, verdict
+from lib.figures import METHODS
 from lib.models import ARCHITECTURES, published_parameters
 from lib.published import published
 
@@ -117,8 +118,8 @@ def _speed(speed: pd.DataFrame, which: str) -> dict[str, str]:
         if len(ours):
             row = ours.iloc[0]  # the paper's own condition, batch 32 and 128 tokens, where it was measured
             evidence = (
-                f"{engine} on {row['cpu']}, batch {row['batch']} × {row['length']} tokens, {row['threads']} threads, "
-                f"{row['n']} interleaved rounds, against its dense fp32; published: 24 cores"
+                f"{METHODS[engine][2]} on {row['cpu']}, batch {row['batch']} × {row['length']} tokens, "
+                f"{row['threads']} threads, {row['n']} interleaved rounds, against its dense fp32; published: 24 cores"
             )
             holds = bool(row["over fp32"] >= SPEED_TOLERANCE * printed)
             ratio = f"{row['over fp32']:.1f} ×"
@@ -132,64 +133,94 @@ def speed_sentence(speed: pd.DataFrame) -> str:
     Args:
         speed: ``analysis.obert.speed_frame`` with at least one sparse model of full depth.
     """
+    known = speed.dropna(subset=["over fp32"]).sort_values("over fp32")
+    zeros, none = known[known["sparsity"] > 0], known[known["sparsity"] == 0]
+    sentence = ""
+    if len(zeros) and len(none):
+        sparse, dense = zeros.iloc[-1], none.iloc[-1]
+        more = "and less" if sparse["over fp32"] > dense["over fp32"] else "but more"
+        sentence = (
+            "The largest speed-up over the full dense model in fp32 on its kind of engine is "
+            f"{sparse['over fp32']:.1f}× with zeros ({_timed(sparse)}), {more} without any: "
+            f"{dense['over fp32']:.1f}× ({_timed(dense)}). "
+        )
+    shown, undecided = _shown(_over_best_dense(speed))
+    note = f"; {undecided}" if undecided else ""
+    return f"{sentence}At full depth, the best sparse model against the fastest dense one: {shown}{note}."
 
-    def largest(rows: pd.DataFrame) -> str:
-        row = rows.sort_values("over fp32").iloc[-1]
-        return f"{row['over fp32']:.1f}× ({row['engine']}, {row['layers']} layers, {row['sparsity']:.0f} % zeros)"
 
-    zeros, none = largest(speed[speed["sparsity"] > 0]), largest(speed[speed["sparsity"] == 0])
-    return (
-        f"The largest speed-up over the full dense model in fp32 on its kind of engine is {zeros} with zeros, and "
-        f"{none} without. At full depth, the best sparse model against the fastest dense one: "
-        f"{_over_best_dense(speed)[0]}."
-    )
+def _timed(row: pd.Series) -> str:
+    """A row of ``speed_frame`` in words."""
+    return f"{METHODS[row['engine']][2]}, {row['model']}, batch {row['batch']} × {row['length']} tokens"
 
 
-def _over_best_dense(speed: pd.DataFrame) -> tuple[str, pd.Series]:
-    """The best sparse model of full depth against the fastest dense one, for every batch and length."""
-    deep = speed[(speed["sparsity"] > 0) & (speed["layers"] == speed["total"])]
-    rows = [part.sort_values("over best dense").iloc[-1] for _, part in deep.groupby(["batch", "length"])]
-    shown = [
-        f"{row['over best dense']:.2f} × at batch {row['batch']} × {row['length']} tokens ({row['engine']}, "
-        f"{row['sparsity']:.0f} %)" for row in rows
+def _over_best_dense(speed: pd.DataFrame) -> pd.DataFrame:
+    """For every batch and length, the sparse model of full depth that does best against the fastest dense one."""
+    deep = speed[(speed["sparsity"] > 0) & (speed["layers"] == speed["total"])] if len(speed) else speed
+    if deep.empty:
+        return deep
+    return deep.sort_values("over best dense").groupby(["batch", "length"]).tail(1).sort_values(["batch", "length"])
+
+
+def _shown(best: pd.DataFrame) -> tuple[str, str]:
+    """Rows of ``_over_best_dense`` in words, and why some of them decide nothing."""
+    texts = [
+        f"{row['over best dense']:.2f} × ({row['over best dense low']:.2f} to {row['over best dense high']:.2f}; "
+        f"{_timed(row)})" for _, row in best.iterrows()
     ]  # fmt: skip
-    return "; ".join(shown), pd.Series([row["over best dense"] for row in rows], dtype=float)
+    overlap = _overlaps(best)
+    where = "" if overlap.all() else f" at {overlap.sum()} of {len(best)} conditions"
+    undecided = f"different runs, and the quartiles (in brackets) overlap{where}" if overlap.any() else ""
+    return "; ".join(texts), undecided
+
+
+def _overlaps(best: pd.DataFrame) -> pd.Series:
+    return (best["over best dense low"] <= 1) & (best["over best dense high"] >= 1)
 
 
 def _against_dense(speed: pd.DataFrame) -> dict[str, str]:
     """Not a claim of the paper, but what its claims leave out: the same model dense on today's matrix units."""
     claim = f"A sparse model of full depth beats every dense one {NOT_CLAIMED}"
-    ours, ratios = _over_best_dense(speed) if len(speed) else ("", pd.Series(dtype=float))
-    if ratios.empty:
+    best = _over_best_dense(speed)
+    if best.empty:
         return verdict(claim, "speed", "–", NOT_RUN, None, "")
+    ours, undecided = _shown(best)
     evidence = f"{speed['cpu'].iloc[0]}; best sparsity and engine, against the fastest dense engine of those measured"
-    return verdict(claim, "speed", "–", ours, ratios > 1, evidence)
+    evidence += f"; {undecided}" if undecided else ""
+    row = verdict(claim, "speed", "–", ours, best["over best dense"] > 1, evidence)
+    if _overlaps(best).any():
+        row["verdict"] = "cannot tell: the quartiles overlap"
+    return row
 
 
 def _gradual(quality: pd.DataFrame, method: str, target: float) -> pd.DataFrame:
     if quality.empty:
         return quality
-    total = quality["layers"].max()
-    return quality[
-        (quality["kind"] == "gradual") & (quality["budget"] == "long") & (quality["layers"] == total)
-        & (quality["method"] == method) & np.isclose(quality["target"], target)
-    ].dropna(subset=["retained"])  # fmt: skip
+    long = full_depth(quality, "long")
+    chosen = (long["method"] == method) & np.isclose(long["target"], target)
+    return long[chosen].dropna(subset=["retained"])
 
 
 def _better_than(quality: pd.DataFrame, rival: str, target: float) -> dict[str, str]:
+    """Rivals that answer the same whatever is asked are counted, not compared."""
     claim = f"oBERT keeps more than {rival} pruning at {target:.0f} %"
     theirs = published_frame()
     points = theirs[(theirs["sparsity"] == target) & (theirs["kind"] == "gradual") & (theirs["epochs"] == 10)]
     both = points.set_index("method")["retained"]
-    printed = f"{both['obert'] - both[rival]:+.1f} points" if rival in both.index else "better (no number)"
+    printed = f"{both['obert'] - both[rival]:+.1f} points (10 epochs)" if rival in both.index else "better (no number)"
     ours, other = _gradual(quality, "obert", target), _gradual(quality, rival, target)
     if ours.empty or other.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
-    pairs = ours.merge(other, on=["task", "seed"], suffixes=("", "_rival"))
+    constant = int(other["constant"].sum())
+    left_out = f"{constant} of {len(other)} models of the rival give one answer for all" if constant else ""
+    pairs = ours.merge(other[~other["constant"]], on=["task", "seed"], suffixes=("", "_rival"))
+    if pairs.empty:
+        return verdict(claim, "quality", printed, "nothing to compare" if left_out else NOT_RUN, None, left_out)
     gains = pairs["retained"] - pairs["retained_rival"]
     lost = int((pairs["retained_rival"] < COLLAPSED).sum())
     evidence = f"retained share, {len(pairs)} pairs of the same teacher, epochs and seed"
     evidence += f"; {lost} of the runs with {rival} collapsed" if lost else ""
+    evidence += f"; left out: {left_out}" if left_out else ""
     return leads(claim, printed, gains, evidence, seeds_of(pairs))
 
 

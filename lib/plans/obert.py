@@ -6,15 +6,13 @@ its length: "long" has the shape of 30 epochs, "short" that of 10.
 
 from typing import Any, Literal
 
-from lib import engines
 from lib.compressors import CompressorSpec
 from lib.compressors.obert import TEN_EPOCHS, THIRTY_EPOCHS
 from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES, layer_count
 from lib.plans.block_movement import UNSTRUCTURED
-from lib.plans.common import encoder_layers
-from lib.records import record_path
+from lib.plans.common import at_hand, encoder_layers
 from lib.settings import Profile
 from lib.specs import (
     FisherCostSpec,
@@ -299,7 +297,7 @@ def sparse_speed(profile: Profile) -> list[Spec]:
             threads=profile.latency.threads, rounds=settings.speed_rounds,
         )  # fmt: skip
 
-    plan: list[Spec] = []
+    plan: list[LatencySpec] = []
     for batch, length in settings.speed_conditions:
         dense = {name: made for layers in settings.speed_layers for name, made in model(layers).items()}
         plan.append(run(dense, settings.dense_engines, batch, length))
@@ -309,13 +307,7 @@ def sparse_speed(profile: Profile) -> list[Spec]:
                     # one sparsity a run: an engine like DeepSparse holds gigabytes for every model and batch
                     sparse = model(layers, sparsity, 1) | model(layers, sparsity, 4)
                     plan.append(run(sparse if place else model(layers) | sparse, group, batch, length))
-    return [spec for spec in plan if _at_hand(profile, spec)]
-
-
-def _at_hand(profile: Profile, spec: Spec) -> bool:
-    assert isinstance(spec, LatencySpec)
-    runs_here = any(engines.unavailable_reason(engine) is None for engine in spec.engines)
-    return runs_here or record_path(profile, spec).exists()
+    return at_hand(profile, plan)
 
 
 def published_checkpoints(profile: Profile) -> list[Spec]:
