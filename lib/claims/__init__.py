@@ -16,16 +16,16 @@ SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
 ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
 RULES = (
-    "*Size* is exact arithmetic on the published architecture and holds where it is at most "
+    f"*Size* is exact arithmetic on the published architecture and holds where it is at most "
     f"{100 * SIZE_TOLERANCE:.0f} % above the printed one. *Speed* is measured at the published shape on this machine "
     f"(the papers' numbers are mostly a GPU's) and holds from {100 * SPEED_TOLERANCE:.0f} % of the printed one. "
     "*Quality* compares shares of the dense model's score on this profile's encoder and data, and holds from "
     f"{QUALITY_TOLERANCE:.0f} points below the printed share. Where another bound is used, the evidence names it; "
-    "where only some engines or tasks reach it, a claim *holds in part*. Whether one method is better than another is judged "
-    "by the mean over pairs of runs, and cannot be told where its 95 % Student t interval holds zero. Fewer than "
-    f"{ENOUGH_SEEDS} seeds decide nothing about quality, times of different runs nothing where their quartiles "
-    "overlap. *Not testable here* is what this profile's encoder or data cannot show; *not run yet* waits for its "
-    "records."
+    "where only some engines or tasks reach it, a claim *holds in part*. Whether one method is better than "
+    "another is judged by the mean over pairs of runs, and cannot be told where its 95 % Student t interval holds"
+    f" zero. Fewer than {ENOUGH_SEEDS} seeds decide nothing about quality, times of different runs nothing where "
+    "their quartiles overlap. *Not testable here* is what this profile's encoder or data cannot show; *not run "
+    "yet* waits for its records."
 )
 NOT_RUN = "not run yet"
 NOT_CLAIMED = "(not claimed)"  # ends a row that judges what the paper does not say
