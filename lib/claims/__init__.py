@@ -16,7 +16,7 @@ SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
 QUALITY_TOLERANCE = 2.0  # points of retained share
 ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
 RULES = (
-    f"*Size* is exact arithmetic on the published architecture and holds where it is at most "
+    "*Size* is exact arithmetic on the published architecture and holds where it is at most "
     f"{100 * SIZE_TOLERANCE:.0f} % above the printed one. *Speed* is measured at the published shape on this machine "
     f"(the papers' numbers are mostly a GPU's) and holds from {100 * SPEED_TOLERANCE:.0f} % of the printed one. "
     "*Quality* compares shares of the dense model's score on this profile's encoder and data, and holds from "
