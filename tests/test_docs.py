@@ -48,6 +48,8 @@ def test_the_committed_series_executed_these_cells_and_prints_no_nan(path):
     for cell in executed:
         for output in cell.get("outputs", []):
             text = "".join(output.get("data", {}).get("text/markdown", output.get("text", "")))
+            if text.startswith("```python"):  # a docstring may name it
+                continue
             assert not re.search(r"(?i)\bnan\b|\bn = (\d+) to \1\b", text), text[:300]
 
 
