@@ -27,12 +27,14 @@ def test_pareto_by_hand():
     assert frontier.pareto(frame.iloc[:0], "cost", "value").empty
 
 
+MEANS = pd.DataFrame({
+    "recipe": ["dense", "small", "tiny", "small"], "engine": ["a", "a", "a", "b"], "retained": [100, 97, 80, 99.0],
+    "speed": [2.0, 5.0, 9.0, 4.0], "ms": [4.0, 2, 1, 2.5], "size (MB)": [9.0, 5, 2, 5], "n": [3, 3, 3, 1],
+})  # fmt: skip
+
+
 def test_decisions_take_the_fastest_within_the_loss():
-    means = pd.DataFrame({
-        "recipe": ["dense", "small", "tiny", "small"], "engine": ["a", "a", "a", "b"], "retained": [100, 97, 80, 99.0],
-        "speed": [2.0, 5.0, 9.0, 4.0], "ms": [4.0, 2, 1, 2], "size (MB)": [9.0, 5, 2, 5], "n": [3, 3, 3, 1],
-    })  # fmt: skip
-    table = frontier.decisions(means, [2.0, 5.0, 0.5, 7.5])
+    table = frontier.decisions(MEANS, [2.0, 5.0, 0.5, 7.5])
     taken = {(row["engine"], row["loss accepted (%)"]): row["take"] for row in table.to_dict("records")}
     assert taken == {
         ("any: a", "0.5"): "dense", ("any: b", "2.0"): "small", ("any: a", "5.0 to 7.5"): "small",
@@ -42,16 +44,12 @@ def test_decisions_take_the_fastest_within_the_loss():
     there = table.set_index(["engine", "take"])["× dense there"]
     assert there[("a", "small")] == 2 and there[("any: a", "small")] == 2 and there[("any: a", "dense")] == 1
     assert np.isnan(there[("b", "small")]), "the dense model was not timed on b"
-    untimed = frontier.decisions(means.assign(speed=np.nan), [2.0])
+    untimed = frontier.decisions(MEANS.assign(speed=np.nan), [2.0])
     assert untimed.columns.tolist() == table.columns.tolist() and untimed["ms"].isna().all()
 
 
 def test_what_keeps_most_within_a_latency():
-    means = pd.DataFrame({
-        "recipe": ["dense", "small", "tiny", "small"], "engine": ["a", "a", "a", "b"], "retained": [100, 97, 80, 99.0],
-        "speed": [2.0, 5.0, 9.0, 4.0], "ms": [4.0, 2, 1, 2.5], "size (MB)": [9.0, 5, 2, 5], "n": [3, 3, 3, 1],
-    })  # fmt: skip
-    table = frontier.within_latency(means, [4.0, 0.5, 2.0, 3.0])
+    table = frontier.within_latency(MEANS, [4.0, 0.5, 2.0, 3.0])
     taken = {(row["engine"], row["at most (ms)"]): row["take"] for row in table.to_dict("records")}
     assert taken == {
         ("any", "0.5"): "nothing measured here is within it", ("any: a", "2"): "small", ("any: b", "3"): "small",
