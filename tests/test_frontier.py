@@ -1,6 +1,7 @@
 """Notebook 08's arithmetic by hand, and a small series of compounds from training to an exported folder."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from lib import frontier, plans
 from lib.blocks import dense_weights
 from lib.compressors import COMPRESSORS, CompressorSpec
 from lib.config import StudyError, load_profile
+from lib.experiments import weights_folder
 from lib.models import load_model
 from lib.plans.frontier import FACTORS, HYBRID, latency_model, recipe_name
 from lib.runs import ensure
@@ -231,6 +233,16 @@ def test_export_is_a_folder_that_loads(series, name, layers):
     assert json.loads((folder / "recipe.json").read_text())["recipe"] == name
     with pytest.raises(StudyError, match="no recipe 'none'; there is dense; "):
         frontier.export(study, "none", {})
+
+
+def test_export_trains_again_where_only_the_record_is_here(series):
+    study, *_ = series
+    weights = weights_folder(study, plans.recipes(study, 0)[LONGER])
+    shutil.rmtree(weights)
+    assert frontier.export(study, LONGER, {}) is None
+    folder = frontier.export(study, LONGER, {"engine": "openvino-int8"}, train=True)
+    described = json.loads((folder / "recipe.json").read_text())
+    assert (described["weights"], described["engine"]) == ("fp32", "openvino-int8") and weights.is_dir()
 
 
 def test_too_many_layers_dropped_is_one_line(series):
