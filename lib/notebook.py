@@ -51,14 +51,14 @@ def limits(study: Profile, refresh: bool, budget_minutes: float) -> dict[str, An
     return {"refresh": refresh, "budget_minutes": None if budget_minutes < 0 else budget_minutes}
 
 
-def needed(plan: list[Spec], what: str, study: Profile) -> list[Spec]:
+def needed(plan: list[Spec], what: str, tasks: Iterable[str]) -> list[Spec]:
     """``plan``, where there is one.
 
     Raises:
         NothingToDo: the chosen tasks leave it without runs.
     """
     if not plan:
-        raise NothingToDo(f"this notebook is about {what}, and none of the tasks is: {', '.join(study.tasks)}")
+        raise NothingToDo(f"this notebook is about {what}, and none of the tasks is: {', '.join(tasks)}")
     return plan
 
 
