@@ -174,8 +174,10 @@ def test_a_series_on_an_own_file_leaves_out_what_it_cannot_do_and_goes_on(tmp_pa
     shown = capfd.readouterr().out
     assert "02 | this notebook is about question answering, and none of the tasks is: own" in shown
     assert "left out" in shown and not (tmp_path / "results" / "notebooks" / "02_structured_qa_pruning.ipynb").exists()
-    models = (tmp_path / "results" / "tables" / "08_models.csv").read_text(encoding="utf-8")
-    assert "own" in models and "World" not in models
+    made = [json.loads(file.read_text(encoding="utf-8"))["spec"] for file in (tmp_path / "results" / "runs").iterdir()]
+    trained = [spec["task"] for spec in made if spec["kind"] == "train"]
+    assert set(trained) == {"own"} and len(trained) > 10
+    assert (tmp_path / "results" / "tables" / "08_recipe_table.csv").is_file()
 
 
 def test_other_files_under_the_same_name_are_refused_in_one_process(tmp_path):
