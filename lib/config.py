@@ -79,14 +79,14 @@ def _override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     """Set one (dotted) key in place."""
     if key.endswith("tasks") and isinstance(value, list | tuple) and _holds_tasks(values):
         value = _with_own_data(values, value)
-    from lib import own_data  # here, because it imports this module
-
     if key in ("tasks", "seeds") and not _holds_tasks(values):
         raise StudyError(f"{file}: tasks: expected the settings of each task, as in config/quick.yaml")
     if key == "tasks" and isinstance(value, list | tuple):
         missing = [task for task in value if task not in values["tasks"]]
         if missing:
             raise StudyError(f"tasks: '{missing[0]}' has no settings in {file}; it has {', '.join(values['tasks'])}")
+        from lib import own_data  # here, because it imports this module
+
         own_data.stand_in(values, [task for task in values["tasks"] if task not in value], value)
         value = {task: values["tasks"][task] for task in value}
     if key == "seeds" and isinstance(value, int) and not isinstance(value, bool):
@@ -115,7 +115,7 @@ def _with_own_data(values: dict[str, Any], tasks: list[str] | tuple[str, ...]) -
     """A list of tasks, in which files became tasks of the profile."""
     if not all(isinstance(task, str) for task in tasks):
         raise StudyError(f"tasks: found {list(tasks)!r}, expected names of tasks or files of your own")
-    from lib import own_data
+    from lib import own_data  # here, because it imports this module
 
     return [own_data.adopt(values, task) if own_data.is_path(task) else task for task in tasks]
 

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from lib.analysis.kronecker import DISTURBED, NAMES, complete, exact_sizes, published_retained
-from lib.claims import NOT_RUN, SPEED_TOLERANCE, as_small, leads, retains, seeds_of, timed_on, verdict
+from lib.claims import NOT_RUN, SPEED_TOLERANCE, as_small, informative_rows, leads, retains, seeds_of, timed_on, verdict
 from lib.data import TASKS
 from lib.published import published
 
@@ -111,10 +111,7 @@ def _nearly_all(full: pd.DataFrame, name: str) -> dict[str, str]:
     table = _sentences(published_retained())
     theirs = table[table["configuration"] == name]["retained"]
     printed = f"{(theirs > NEARLY_ALL).sum()} of {len(theirs)} tasks in its own table"
-    rows = _sentences(full[full["configuration"] == name])
-    dull = ", ".join(rows[~rows["informative"]]["title"].unique())
-    left_out = f"; left out, dense close to one answer for all: {dull}" if dull else ""
-    rows = rows[rows["informative"]]
+    rows, left_out = informative_rows(_sentences(full[full["configuration"] == name]))
     if rows.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, left_out.removeprefix("; "))
     means = rows.groupby("title")["retained"].mean()
