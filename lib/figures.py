@@ -83,6 +83,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "kron21": (BLUE, "p", "KroneckerBERT$_{21}$"),
     # several methods on one model
     "compound": (BLACK, "*", "Compound"),
+    "engine-int8": (OLIVE, "X", "INT8 by an engine"),
     # engines: colour is the engine, marker the precision
     "pytorch-fp32": (BLACK, "s", "PyTorch fp32"),
     "pytorch-bf16": (BLACK, "^", "PyTorch bf16"),

@@ -13,7 +13,7 @@ from lib.analysis.poor_mans_bert import PROCEDURES, contribution_frame, procedur
 from lib.claims import poor_mans_bert as claims_of
 from lib.claims import structured_qa as structured_claims
 from lib.compressors import CompressorSpec
-from lib.config import StudyError
+from lib.config import StudyError, load_profile
 from lib.distillation import Distillation
 from lib.records import Record
 from lib.specs import (
@@ -452,3 +452,29 @@ def test_published_operating_points_stand_beside_ours_at_the_same_densities():
     assert set(found["version"]) == {"first", "later"} and found["heads removed (%)"].tolist() == [44.3, 44.0, 44.0]
     assert dict(zip(found["then"], found["ours"], strict=True)) == {"none": 95.0, "retrain": 98.0}
     assert table[table["n"] == 0]["ours"].isna().all()
+
+
+def test_verdicts_say_which_papers_are_missing(tmp_path):
+    study = load_profile("smoke", results=tmp_path)
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    row = {"claim": "c", "check": "size", "published": "1", "ours": "1", "verdict": "holds", "evidence": "e"}
+    pd.DataFrame([row]).to_csv(folder / "05_verdicts.csv", index=False)
+    table, missing = claims.verdicts(study)
+    assert table["paper"].tolist() == ["Sajjad 2020"] and len(missing) == 5
+
+
+def test_verdicts_are_counted_without_their_reasons(tmp_path):
+    study = load_profile("smoke", results=tmp_path)
+    (tmp_path / "tables").mkdir()
+    row = {"claim": "c", "check": "size", "published": "1", "ours": "1", "evidence": "e"}
+    given = ["not testable here", "too few seeds to tell (n = 1)", "cannot tell: the interval holds zero", "holds"]
+    pd.DataFrame([row | {"verdict": verdict} for verdict in [*given, "holds"]]).to_csv(
+        tmp_path / "tables" / "05_verdicts.csv", index=False
+    )
+    counts = claims.verdict_counts(study)
+    assert counts.columns.tolist() == [
+        "paper", "holds", "cannot tell", "too few seeds to tell", "not testable here", "not executed yet"
+    ]  # fmt: skip
+    assert counts.set_index("paper").loc["Sajjad 2020"].tolist() == [2, 1, 1, 1, 0]
+    assert len(counts) == 6 and counts["not executed yet"].sum() == 5

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import frontier, plans
+from lib import figures, frontier, plans, recipes
 from lib.blocks import dense_weights
 from lib.compressors import COMPRESSORS, CompressorSpec
 from lib.config import StudyError, load_profile
@@ -36,7 +36,7 @@ MEANS = pd.DataFrame({
 
 
 def test_decisions_take_the_fastest_within_the_loss():
-    table = frontier.decisions(MEANS, [2.0, 5.0, 0.5, 7.5])
+    table = recipes.decisions(MEANS, [2.0, 5.0, 0.5, 7.5])
     taken = {(row["engine"], row["loss accepted (%)"]): row["take"] for row in table.to_dict("records")}
     assert taken == {
         ("any: a", "0.5"): "dense", ("any: b", "2.0"): "small", ("any: a", "5.0 to 7.5"): "small",
@@ -46,12 +46,12 @@ def test_decisions_take_the_fastest_within_the_loss():
     there = table.set_index(["engine", "take"])["× dense there"]
     assert there[("a", "small")] == 2 and there[("any: a", "small")] == 2 and there[("any: a", "dense")] == 1
     assert np.isnan(there[("b", "small")]), "the dense model was not timed on b"
-    untimed = frontier.decisions(MEANS.assign(speed=np.nan), [2.0])
+    untimed = recipes.decisions(MEANS.assign(speed=np.nan), [2.0])
     assert untimed.columns.tolist() == table.columns.tolist() and untimed["ms"].isna().all()
 
 
 def test_what_keeps_most_within_a_latency():
-    table = frontier.within_latency(MEANS, [4.0, 0.5, 2.0, 3.0])
+    table = recipes.within_latency(MEANS, [4.0, 0.5, 2.0, 3.0])
     taken = {(row["engine"], row["at most (ms)"]): row["take"] for row in table.to_dict("records")}
     assert taken == {
         ("any", "0.5"): "nothing measured here is within it", ("any: a", "2"): "small", ("any: b", "3"): "small",
@@ -108,7 +108,7 @@ def test_compounds_are_trained_measured_and_timed(series):
     study, records, timed = series
     names = list(plans.recipes(study, 0))
     assert len(names) == 7 and names[0] == "dense" and names[4:] == [LONGER, HYBRID, f"{FACTORS}kron8"]
-    rows = frontier.recipe_frame(study, records, timed)
+    rows = recipes.by_seed(study, records, timed)
     assert rows["recipe"].tolist() == names and (rows["speed"] > 0).all() and (rows["size (MB)"] > 0).all()
     dense = next(record for record in records if record.hash == frontier.spec_hash(dense_spec(study, "world_qa", 0)))
     kept = 100 * rows["score"] / dense["score"]
@@ -140,7 +140,7 @@ def test_records_of_own_files_that_this_run_does_not_name_are_no_rows(series, mo
 
 
 def test_a_dense_model_that_gets_nothing_right_has_no_shares():
-    assert np.isnan(frontier._share(3.0, 0.0)) and frontier._share(3.0, 4.0) == 75
+    assert np.isnan(frontier.share(3.0, 0.0)) and frontier.share(3.0, 4.0) == 75
 
 
 def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
@@ -227,20 +227,20 @@ def test_quality_on_an_engine_is_that_of_the_model(series):
 @pytest.mark.parametrize(("name", "layers"), [(LONGER, 2), (HYBRID, 4), (f"{FACTORS}kron8", 4)])
 def test_export_is_a_folder_that_loads(series, name, layers):
     study, _, _ = series
-    folder = frontier.export(study, name, {"engine": "onnxruntime-int8"})
+    folder = recipes.export(study, name, {"engine": "onnxruntime-int8"})
     model, tokenizer = load_compressed(folder)
     assert len(model.bert.encoder.layer) == layers and tokenizer is not None
     assert json.loads((folder / "recipe.json").read_text())["recipe"] == name
     with pytest.raises(StudyError, match="no recipe 'none'; there is dense; "):
-        frontier.export(study, "none", {})
+        recipes.export(study, "none", {})
 
 
 def test_export_trains_again_where_only_the_record_is_here(series):
     study, *_ = series
     weights = weights_folder(study, plans.recipes(study, 0)[LONGER])
     shutil.rmtree(weights)
-    assert frontier.export(study, LONGER, {}) is None
-    folder = frontier.export(study, LONGER, {"engine": "openvino-int8"}, train=True)
+    assert recipes.export(study, LONGER, {}) is None
+    folder = recipes.export(study, LONGER, {"engine": "openvino-int8"}, train=True)
     described = json.loads((folder / "recipe.json").read_text())
     assert (described["weights"], described["engine"]) == ("fp32", "openvino-int8") and weights.is_dir()
 
@@ -252,27 +252,6 @@ def test_too_many_layers_dropped_is_one_line(series):
         plans.frontier(wrong)
 
 
-def test_verdicts_say_which_papers_are_missing(series):
-    study, _, _ = series
-    folder = study.results / "tables"
-    folder.mkdir(parents=True)
-    row = {"claim": "c", "check": "size", "published": "1", "ours": "1", "verdict": "holds", "evidence": "e"}
-    pd.DataFrame([row]).to_csv(folder / "05_verdicts.csv", index=False)
-    table, missing = frontier.verdicts(study)
-    assert table["paper"].tolist() == ["Sajjad 2020"] and len(missing) == 5
-
-
-def test_verdicts_are_counted_without_their_reasons(tmp_path):
-    study = load_profile("smoke", results=tmp_path)
-    (tmp_path / "tables").mkdir()
-    row = {"claim": "c", "check": "size", "published": "1", "ours": "1", "evidence": "e"}
-    given = ["not testable here", "too few seeds to tell (n = 1)", "cannot tell: the interval holds zero", "holds"]
-    pd.DataFrame([row | {"verdict": verdict} for verdict in [*given, "holds"]]).to_csv(
-        tmp_path / "tables" / "05_verdicts.csv", index=False
-    )
-    counts = frontier.verdict_counts(study)
-    assert counts.columns.tolist() == [
-        "paper", "holds", "cannot tell", "too few seeds to tell", "not testable here", "not executed yet"
-    ]  # fmt: skip
-    assert counts.set_index("paper").loc["Sajjad 2020"].tolist() == [2, 1, 1, 1, 0]
-    assert len(counts) == 6 and counts["not executed yet"].sum() == 5
+def test_families_differ_in_colour():
+    shown = {frontier.FAMILIES[name] for name in COMPRESSORS} | {frontier.ENGINE, (frontier.COMPOUND, "compound")}
+    assert len({figures.METHODS[style][0] for _, style in shown}) == len(shown)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from lib.intervals import Interval, t_interval
+from lib.settings import Profile
 
 SIZE_TOLERANCE = 0.02  # a size holds when it is larger than the printed one by this share at most
 SPEED_TOLERANCE = 0.9  # a speed-up holds at 90 % of the published one
@@ -29,6 +30,15 @@ RULES = (
 )
 NOT_RUN = "not run yet"
 NOT_CLAIMED = "(not claimed)"  # ends a row that judges what the paper does not say
+VERDICTS = (
+    "holds",
+    "holds in part",
+    "does not hold here",
+    "cannot tell",
+    "too few seeds to tell",
+    "not run yet",
+    "not testable here",
+)
 
 
 def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool] | None, evidence: str,
@@ -112,3 +122,33 @@ def retains(claim: str, printed: float, rows: pd.DataFrame, evidence: str) -> di
     shares = [f"{mean:.1f} %{place}" for mean, place in zip(tasks["mean"], places, strict=True)]
     holds = judged["mean"] >= printed - QUALITY_TOLERANCE
     return verdict(claim, "quality", f"{printed:.1f} %", "; ".join(shares), holds, evidence, seeds_of(rows))
+
+
+def verdicts(study: Profile) -> tuple[pd.DataFrame, list[str]]:
+    """The verdict tables that the papers' notebooks saved for this profile, in one; and the papers that are missing."""
+    papers = {"02": "McCarley 2019", "03": "Kurtic 2022", "04": "Lagunas 2021", "05": "Sajjad 2020", "06": "Prato 2020",
+              "07": "Tahaei 2021"}  # fmt: skip
+    found, missing = [], []
+    for number, paper in papers.items():
+        path = study.results / "tables" / f"{number}_verdicts.csv"
+        if path.is_file():
+            found.append(pd.read_csv(path, keep_default_na=False).assign(paper=paper))
+        else:
+            missing.append(f"{paper} (notebook {number})")
+    columns = ["paper", "claim", "check", "published", "ours", "verdict", "evidence"]
+    return pd.concat(found)[columns] if found else pd.DataFrame(columns=columns), missing
+
+
+def verdict_counts(study: Profile) -> pd.DataFrame:
+    """How many claims of each paper got which verdict; a column more for the papers whose notebook has not run.
+
+    What a notebook judges beside the paper's claims, and calls "not claimed", is not counted.
+    """
+    table, missing = verdicts(study)
+    table = table[~table["claim"].str.endswith(NOT_CLAIMED)]
+    waiting = pd.DataFrame({"paper": missing, "verdict": "not executed yet"})
+    every = pd.concat([table[["paper", "verdict"]], waiting])
+    reasons_off = every["verdict"].str.split(r" \(|:", regex=True).str[0]
+    counts = pd.crosstab(every["paper"], reasons_off).reindex(every["paper"].unique())
+    ordered = [verdict for verdict in VERDICTS if verdict in counts]
+    return counts[[*ordered, *counts.columns.difference(ordered)]].rename_axis(columns=None).reset_index()

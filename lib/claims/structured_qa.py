@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from lib.analysis.structured_qa import NONE, at_point, exact_sizes, published_points
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, leads, timed_on, verdict
+from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, informative_rows, leads, timed_on, verdict
 from lib.intervals import bootstrap_interval
 from lib.published import published
 
@@ -91,14 +91,11 @@ def _across(frame: pd.DataFrame) -> dict[str, str]:
     claim = "It is effective across data sets"
     table = published_points()
     printed = table[(table["place"] == "v1 Table 1") & (table["recovery"] == "retrain")]["retained"].item()
-    rows = _points(frame, ["retrain and distil"])
-    dull = ", ".join(rows[~rows["informative"]]["title"].unique())
-    rows = rows[rows["informative"]]
+    rows, left_out = informative_rows(_points(frame, ["retrain and distil"]))
     if rows["task"].nunique() < 2:
         return verdict(claim, "quality", f"{printed:.1f} % retained", NOT_RUN, None, "")
     means = rows.groupby("title")["retained"].mean()
-    evidence = f"{', '.join(means.index)}; retrained and distilled; n = {_seeds(rows)} each at least"
-    evidence += f"; left out, dense close to no answer for all: {dull}" if dull else ""
+    evidence = f"{', '.join(means.index)}; retrained and distilled; n = {_seeds(rows)} each at least{left_out}"
     ours = f"{means.min():.1f} to {means.max():.1f} % retained"
     holds = means >= printed - QUALITY_TOLERANCE
     return verdict(claim, "quality", f"{printed:.1f} % retained", ours, holds, evidence, seeds=_seeds(rows))

@@ -126,7 +126,7 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
     """Retained share against speed of every recipe and engine, with the Pareto front named and the aims as crosses.
 
     Args:
-        means: of ``frontier.recipe_means``, at least one row.
+        means: of ``recipes.over_seeds``, at least one row.
         aims: pairs of speed and retained share (percent).
         x: name of the axis of speed.
     """
