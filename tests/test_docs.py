@@ -10,6 +10,7 @@ import pytest
 from lib.compressors import CompressorSpec
 from lib.config import ROOT, load_profile
 from lib.experiments import finished_model, weights_folder
+from lib.frontier import all_records
 from lib.gallery import with_tables
 from lib.models import layers
 from lib.runs import ensure
@@ -32,6 +33,11 @@ def test_the_readme_quotes_the_committed_tables_and_is_short():
     assert text.count("<!-- end -->") == 1 and len(text.splitlines()) < 150
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_readme_says_how_many_hours_the_committed_records_took():
+    hours = sum(record.seconds for record in all_records(load_profile("study"))) / 3600
+    assert f"hold {hours:.0f} hours of runs" in (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem[:2])

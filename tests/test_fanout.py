@@ -18,7 +18,7 @@ import yaml
 from conftest import small_profile
 from filelock import FileLock
 
-from lib import execute, fanout
+from lib import execute, fanout, status
 from lib.config import ROOT, load_profile
 from lib.plans import contributions
 from lib.plans.structured_qa import pruned
@@ -98,6 +98,19 @@ def test_a_notebooks_plans_are_those_that_it_names(tmp_path):
     assert fanout.plans_of([tmp_path / "00.ipynb"]) == ["dense", "engine_latency"]
     real = ROOT / "notebooks" / "05_poor_mans_bert.ipynb"
     assert fanout.plans_of([real]) == ["majority", "contributions", "poor_mans_bert", "halved_speed"]
+
+
+def test_a_status_counts_the_records_of_every_notebooks_plan(tmp_path):
+    profile = load_profile(small(tmp_path))
+    nothing = status.by_notebook(profile, []).set_index("notebook")
+    planned, _ = fanout.plan_jobs(profile, ["poor_mans_bert", "halved_speed", "contributions"])
+    row = nothing.loc["05_poor_mans_bert"]
+    assert row["planned"] >= len(planned) == 4 and row["missing"] == row["planned"] and (nothing["finished"] == 0).all()
+    (made,) = ensure([dense_spec(profile, "world_sentiment", 0)], profile)
+    row = status.by_notebook(profile, [made]).set_index("notebook").loc["05_poor_mans_bert"]
+    assert (row["finished"], row["missing"]) == (1, row["planned"] - 1)
+    assert row["hours of runs"] == made.seconds / 3600 and row["machines"] == made.hardware["cpu"]
+    assert "'world_qa' is not among those of this run" in nothing.loc["08_frontier"]["machines"]
 
 
 def test_each_job_gets_a_gpu_of_its_own(tmp_path, monkeypatch):
