@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import small_profile
+from conftest import record, small_profile
 from filelock import FileLock
 
 from lib import execute, fanout, status
@@ -101,16 +101,14 @@ def test_a_notebooks_plans_are_those_that_it_names(tmp_path):
 
 
 def test_a_status_counts_the_records_of_every_notebooks_plan(tmp_path):
-    profile = load_profile(small(tmp_path))
-    nothing = status.by_notebook(profile, []).set_index("notebook")
-    planned, _ = fanout.plan_jobs(profile, ["poor_mans_bert", "halved_speed", "contributions"])
-    row = nothing.loc["05_poor_mans_bert"]
-    assert row["planned"] >= len(planned) == 4 and row["missing"] == row["planned"] and (nothing["finished"] == 0).all()
-    (made,) = ensure([dense_spec(profile, "world_sentiment", 0)], profile)
-    row = status.by_notebook(profile, [made]).set_index("notebook").loc["05_poor_mans_bert"]
-    assert (row["finished"], row["missing"]) == (1, row["planned"] - 1)
-    assert row["hours of runs"] == made.seconds / 3600 and row["machines"] == made.hardware["cpu"]
-    assert "'world_qa' is not among those of this run" in nothing.loc["08_frontier"]["machines"]
+    profile, name = load_profile(small(tmp_path)), "05_poor_mans_bert"
+    made = record(dense_spec(profile, "world_sentiment", 0))
+    before, after = (status.by_notebook(profile, found).set_index("notebook") for found in ([], [made]))
+    planned = len(fanout.plan_jobs(profile, fanout.plans_of([ROOT / "notebooks" / f"{name}.ipynb"]))[0])
+    columns = ["planned", "finished", "missing", "hours of runs", "machines"]
+    assert before.loc[name, columns].tolist() == [planned, 0, planned, 0.0, ""]
+    assert after.loc[name, columns].tolist() == [planned, 1, planned - 1, made.seconds / 3600, "Toy CPU"]
+    assert "'world_qa' is not among those of this run" in before.loc["08_frontier", "machines"]
 
 
 def test_each_job_gets_a_gpu_of_its_own(tmp_path, monkeypatch):
