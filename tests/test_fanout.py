@@ -101,7 +101,7 @@ def test_a_notebooks_plans_are_those_that_it_names(tmp_path):
 
 
 def test_a_status_counts_the_records_of_every_notebooks_plan(tmp_path):
-    profile, name = load_profile(small(tmp_path)), "05_poor_mans_bert"
+    profile, name = load_profile(small(tmp_path)), "01_dense_baselines"
     made = record(dense_spec(profile, "world_sentiment", 0))
     before, after = (status.by_notebook(profile, found).set_index("notebook") for found in ([], [made]))
     planned = len(fanout.plan_jobs(profile, fanout.plans_of([ROOT / "notebooks" / f"{name}.ipynb"]))[0])
