@@ -8,7 +8,7 @@ published hollow.
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +261,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def span(numbers: Iterable[float]) -> str:
+    """Whole numbers from the least to the largest: "3", "1 to 3"."""
+    whole = [int(number) for number in numbers]
+    least, most = min(whole), max(whole)
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
 def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
     """The caption's sentence on means, bands and n, from the ``n`` column of ``band_plot``'s rows."""
     counts = sorted({int(n) for n in rows["n"]})
@@ -268,8 +275,7 @@ def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
         return "No run of ours is finished yet."
     if counts == [1]:
         return "Single runs (n = 1), so no interval."
-    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    note = f"Mean and 95 % bootstrap interval (band or bar) over n = {span} {of}"
+    note = f"Mean and 95 % bootstrap interval (band or bar) over n = {span(counts)} {of}"
     return f"{note}; no interval where n = 1." if counts[0] == 1 else f"{note}."
 
 

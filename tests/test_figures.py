@@ -280,3 +280,7 @@ def test_a_speed_is_drawn_with_its_quartiles():
     (bars,) = ax.containers
     segments = bars.lines[2][0].get_segments()
     assert np.array(segments)[1] == pytest.approx(np.array([[1.1, 1.7], [1.1, 2.2]]))
+
+
+def test_a_span_names_one_number_or_two():
+    assert figures.span([3, 3]) == "3" and figures.span(pd.Series([2.0, 1, 3])) == "1 to 3"
