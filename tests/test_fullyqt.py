@@ -128,7 +128,9 @@ def test_parts_are_compared_with_everything(profile):
     rows = [scored(plan.dense_translation(profile, TASK, 0), 40.0)]
     rows += [scored(plan.post_training(profile, TASK, 0, bits), 10.0) for bits in (8, 4)]
     rows += [scored(plan.post_training(profile, TASK, 0, 4, parts=[part]), 30.0 + i) for i, part in enumerate(PARTS)]
-    parts = part_frame(quantized_frame(rows))
+    frame = quantized_frame(rows)
+    without = frame[frame["part"] == ""].assign(task="without single parts")
+    parts = part_frame(pd.concat([frame, without]))
     assert parts["part"].tolist() == [*(part.replace("_", " ") for part in PARTS), "everything"]
     assert parts["retained"].tolist()[-1] == 25.0 and set(parts["bits"]) == {4}
 

@@ -86,9 +86,12 @@ def everything(frame: pd.DataFrame, scratch_delay: float, procedures: Iterable[s
 
 
 def part_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """Post-training runs that quantise one part alone, with the run that quantises all; ordered as ``PARTS``."""
+    """Post-training runs that quantise one part alone, ordered as ``PARTS``, with those of the same task and bits that
+    quantise all.
+    """
     rows = frame[(frame["procedure"] == "post") & frame["bucketing"].astype(bool) & (frame["guards"] == "")].copy()
-    rows = rows[rows["bits"].isin(rows.loc[rows["part"] != "", "bits"])]
+    alone = rows["part"].ne("").groupby([rows["task"], rows["bits"]])
+    rows = rows[alone.transform("any").astype(bool)]
     rows["part"] = rows["part"].replace("", "everything").str.replace("_", " ")
     order = [*(part.replace("_", " ") for part in PARTS), "everything"]
     rows["order"] = rows["part"].map(order.index)
