@@ -49,8 +49,8 @@ def quantized_frame(records: Iterable[Record]) -> pd.DataFrame:
     LayerNorm denominator. A diverged run scores 0 and has its place in ``diverged``.
     """
     rows = [_row(record) for record in records if isinstance(record.spec, TranslationSpec | TrainSpec)]
-    columns = ["hash", "task", "title", "seed", "procedure", "bits", "bucketing", "part", "delay", "guards", "score",
-               "greedy", "size_bytes", "train_s", "spread", "diverged", "diverged_progress"]  # fmt: skip
+    columns = ["hash", "task", "title", "seed", "procedure", "bits", "bucketing", "recalibrated", "part", "delay",
+               "guards", "score", "greedy", "size_bytes", "train_s", "spread", "diverged", "diverged_progress"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
     for name, kind in (("retained", "dense"), ("controlled", "control")):
         base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"].replace(0.0, np.nan)
@@ -68,8 +68,8 @@ def _row(record: Record) -> dict[str, Any]:
     return {
         "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
         "procedure": procedure(spec), "bits": settings.get("bits", FLOAT_BITS),
-        "bucketing": settings.get("bucketing", True), "part": parts[0] if parts else "",
-        "delay": settings.get("delay", np.nan), "guards": guards_taken(settings), "score": record["score"],
+        "bucketing": settings.get("bucketing", True), "recalibrated": "recalibration_batches" in settings,
+        "part": parts[0] if parts else "", "delay": settings.get("delay", np.nan), "guards": guards_taken(settings), "score": record["score"],
         "greedy": record.result.get("greedy", np.nan),
         "size_bytes": record.result.get("model", {}).get("size_bytes", np.nan),
         "train_s": record.result.get("training", {}).get("seconds", 0.0),
@@ -79,10 +79,15 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def everything(frame: pd.DataFrame, scratch_delay: float, procedures: Iterable[str] = tuple(STYLES)) -> pd.DataFrame:
-    """Rows of the paper's own setting: all parts, bucketed, guarded, trained from scratch after just this delay."""
+    """Rows of the paper's own setting: all parts, bucketed, guarded, trained from scratch after just this delay.
+
+    Where a model's ranges were also taken anew after training, the run that kept those of training is left out.
+    """
     whole = frame[frame["procedure"].isin(list(procedures)) & (frame["part"] == "") & frame["bucketing"].astype(bool)]
     other = (whole["procedure"] == "scratch") & (whole["delay"] != scratch_delay)
-    return whole[(whole["guards"] == "") & ~other]
+    anew = whole["recalibrated"].groupby([whole[name] for name in ("task", "seed", "procedure", "bits")])
+    kept_old = ~whole["recalibrated"].astype(bool) & anew.transform("any").astype(bool)
+    return whole[(whole["guards"] == "") & ~other & ~kept_old]
 
 
 def part_frame(frame: pd.DataFrame) -> pd.DataFrame:

@@ -33,11 +33,14 @@ class Quantization(Compressor):
     """Rounds everything to ``bits``: while training, from ``delay`` on, or after calibration, without training."""
 
     class Settings(Quantizing):
-        """``delay``: share of training before anything is rounded. ``watch``: a run that meets numbers that are not
-        finite stops, and its record says where they appeared first."""
+        """``delay``: share of training before anything is rounded. ``recalibration_batches``: take the ranges anew
+        after training, from so many batches; those that training followed are too wide where dropout was on, which
+        scales up what it leaves. ``watch``: a run that meets numbers that are not finite stops, and its record says
+        where they appeared first."""
 
         delay: float = Field(default=0.0, ge=0, le=1)
         calibration_batches: int = Field(default=0, ge=0)
+        recalibration_batches: int = Field(default=0, ge=0)
         calibration_batch_size: int = Field(default=32, ge=1)
         watch: bool = False
 
@@ -57,19 +60,24 @@ class Quantization(Compressor):
         Raises:
             StudyError: there are no training examples, or fewer than asked for.
         """
-        size, count = self.settings.calibration_batch_size, self.settings.calibration_batches
+        self.data = data
+        self._follow(self.settings.calibration_batches)
+
+    def _follow(self, count: int) -> None:
+        """Let the ranges follow ``count`` batches of training data without dropout; none asks for nothing."""
+        size = self.settings.calibration_batch_size
         if not count:
             return
-        if len(data) < size * count:
+        if len(self.data) < size * count:
             raise StudyError(
-                f"quantization: calibration asks for {count} batches of {size} examples, there are {len(data)} "
-                "examples; give more data, or lower calibration_batches"
+                f"quantization: calibration asks for {count} batches of {size} examples, there are {len(self.data)} "
+                "examples; give more data, or lower calibration_batches or recalibration_batches"
             )
         training = self.model.training
-        self.model.eval().to(data.device)
+        self.model.eval().to(self.data.device)
         self.switch.observing = True
         with torch.no_grad():
-            for batch in data.batches(size, count):
+            for batch in self.data.batches(size, count):
                 self.model(**batch)
         self.switch.observing = False
         self.model.train(training)
@@ -85,11 +93,15 @@ class Quantization(Compressor):
         return {"place": self.switch.first_bad, "progress": self.progress} if self.switch.first_bad else {}
 
     def finalize(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Round the weights for good.
+        """Take the ranges anew where asked for, everything rounded; then round the weights for good.
 
         Raises:
             StudyError: some activation was never seen, so its range is unknown.
         """
+        if self.settings.recalibration_batches:
+            for one in ranges(model):
+                one.seen.zero_()
+            self._follow(self.settings.recalibration_batches)
         unseen = [one.name for one in ranges(model) if one.seen == 0]
         if unseen:
             raise StudyError(

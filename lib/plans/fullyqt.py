@@ -146,14 +146,19 @@ def qa_post_training(profile: Profile, seed: int, bits: int, **settings: Any) ->
     return dense.model_copy(update={"start": dense, "training": training, "compressor": compressor})
 
 
-def qa_trained_on(profile: Profile, seed: int, bits: int | None) -> TrainSpec:
-    """The finished dense QA model, trained on: quantised, or dense as the fair control."""
+def qa_trained_on(profile: Profile, seed: int, bits: int | None, recalibrated: bool = True) -> TrainSpec:
+    """The finished dense QA model, trained on: quantised, or dense as the fair control.
+
+    ``recalibrated`` takes the ranges anew after training, which has dropout; the paper does not say so.
+    """
     settings = profile.fully_quantized
     dense = dense_spec(profile, settings.qa_task, seed)
     training = training_settings(
         profile, settings.qa_task, epochs=settings.qa_epochs, learning_rate=settings.qa_learning_rate
     )
-    compressor = quantization(bits, delay=settings.aware_delay) if bits else None
+    batches, size = settings.calibration
+    anew = {"recalibration_batches": batches, "calibration_batch_size": size} if recalibrated else {}
+    compressor = quantization(bits, delay=settings.aware_delay, **anew) if bits else None
     return dense.model_copy(update={"start": dense, "training": training, "compressor": compressor})
 
 
@@ -175,6 +180,7 @@ def _question_answering(profile: Profile, seed: int) -> Iterator[Spec]:
     if settings.qa_aware_bits:
         yield from (qa_trained_on(profile, seed, bits) for bits in settings.qa_aware_bits)
         yield qa_trained_on(profile, seed, None)
+        yield qa_trained_on(profile, seed, max(settings.qa_aware_bits), recalibrated=False)
 
 
 def fully_quantized(profile: Profile) -> list[Spec]:
