@@ -50,7 +50,8 @@ def quantized_frame(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = [_row(record) for record in records if isinstance(record.spec, TranslationSpec | TrainSpec)]
     columns = ["hash", "task", "title", "seed", "procedure", "bits", "bucketing", "recalibrated", "part", "delay",
-               "guards", "score", "greedy", "size_bytes", "train_s", "spread", "diverged", "diverged_progress"]  # fmt: skip
+               "guards", "score", "greedy", "size_bytes", "train_s", "spread", "diverged",
+               "diverged_progress"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
     for name, kind in (("retained", "dense"), ("controlled", "control")):
         base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"].replace(0.0, np.nan)
@@ -69,8 +70,8 @@ def _row(record: Record) -> dict[str, Any]:
         "hash": record.hash, "task": spec.task, "title": TASKS[spec.task].title, "seed": spec.seed,
         "procedure": procedure(spec), "bits": settings.get("bits", FLOAT_BITS),
         "bucketing": settings.get("bucketing", True), "recalibrated": "recalibration_batches" in settings,
-        "part": parts[0] if parts else "", "delay": settings.get("delay", np.nan), "guards": guards_taken(settings), "score": record["score"],
-        "greedy": record.result.get("greedy", np.nan),
+        "part": parts[0] if parts else "", "delay": settings.get("delay", np.nan), "guards": guards_taken(settings),
+        "score": record["score"], "greedy": record.result.get("greedy", np.nan),
         "size_bytes": record.result.get("model", {}).get("size_bytes", np.nan),
         "train_s": record.result.get("training", {}).get("seconds", 0.0),
         "spread": record.result.get("compression", {}).get("denominator_spread"),
