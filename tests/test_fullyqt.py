@@ -74,7 +74,7 @@ def test_the_plan_begins_with_the_dense_model_and_holds_everything(profile):
     # per seed: 3 + 3 post-training of each kind of guard and bucketing, 6 parts; 3 aware and one without bucketing
     assert kinds == {"dense": 2, "control": 2, "post": 2 * (3 * 3 + 6), "aware": 2 * 4, "naive": 2 * 3, "scratch": 6}
     qa = [spec for spec in specs if spec.task == "world_qa"]
-    assert [type(spec).__name__ for spec in qa].count("EngineQualitySpec") == 1 and len(qa) == 1 + 4 + 1 + 6 + 1 + 2
+    assert [type(spec).__name__ for spec in qa].count("EngineQualitySpec") == 1 and len(qa) == 1 + 4 + 1 + 6 + 1 + 3
     assert all("quantization" in label(spec) or "dense" in label(spec) for spec in qa)
 
 
@@ -122,6 +122,14 @@ def test_everything_leaves_ablations_out(profile):
     whole = everything(quantized_frame(rows), DELAY)
     assert set(whole["procedure"]) == {"post", "aware", "scratch"} and whole["score"].min() == 6.0
     assert len(whole) == 2 * (3 + 3 + 2)
+
+
+def test_the_run_that_keeps_the_ranges_of_training_gives_way_to_the_one_that_does_not(profile):
+    rows = [scored(dense_spec(profile, "world_qa", 0), 40.0), scored(plan.qa_post_training(profile, 0, 8), 10.0)]
+    old, anew = (plan.qa_trained_on(profile, 0, 8, recalibrated=anew) for anew in (False, True))
+    rows += [scored(old, 20.0)]
+    assert everything(quantized_frame(rows), DELAY)["score"].tolist() == [10.0, 20.0]
+    assert everything(quantized_frame([*rows, scored(anew, 30.0)]), DELAY)["score"].tolist() == [10.0, 30.0]
 
 
 def test_parts_are_compared_with_everything(profile):

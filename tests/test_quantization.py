@@ -344,13 +344,34 @@ def test_bits_out_of_range_are_one_line(translation_model, bits):
         compressor.attach(translation_model)
 
 
+def few_pairs() -> Dataset:
+    return Dataset.from_dict({"input_ids": [[4, 5, 2]] * 3, "labels": [[6, 2]] * 3, "length": [5] * 3})
+
+
+def data(features: Dataset) -> TrainingData:
+    names = ["input_ids", "attention_mask"]
+    return TrainingData(lambda: features, collate_pairs, names, 0, torch.device("cpu"), False)
+
+
+def test_ranges_taken_anew_forget_what_training_saw(translation_model):
+    """Ranges a hundred times too wide, as training left them, end as those of the data, everything rounded."""
+    asked = {"bits": 8, "recalibration_batches": 1, "calibration_batch_size": 3}
+    for settings, wide in (({"bits": 8}, True), (asked, False)):
+        model = copy.deepcopy(translation_model).train()
+        compressor = make_compressor(CompressorSpec(name="quantization", settings=settings))
+        compressor.attach(model)
+        compressor.use_data(data(few_pairs()))
+        compressor.switch.quantizing = True
+        for one in ranges(model):
+            one.low.fill_(0.0 if one.from_zero else -1e4)
+            one.high.fill_(1e4)
+            one.seen.fill_(7)
+        compressor.finalize(model)
+        assert all((one.high == 1e4) == wide and one.seen == (7 if wide else 1) for one in ranges(model))
+
+
 def test_calibration_on_no_data_is_refused(translation_model):
-    pairs = Dataset.from_dict({"input_ids": [[4, 5, 2]] * 3, "labels": [[6, 2]] * 3, "length": [5] * 3})
-
-    def data(features: Dataset) -> TrainingData:
-        names = ["input_ids", "attention_mask"]
-        return TrainingData(lambda: features, collate_pairs, names, 0, torch.device("cpu"), False)
-
+    pairs = few_pairs()
     asked = {"bits": 8, "calibration_batches": 2, "calibration_batch_size": 2}
     for features, found in ((pairs.select([]), 0), (pairs, 3)):
         compressor = make_compressor(CompressorSpec(name="quantization", settings=asked))
