@@ -19,8 +19,8 @@ def by_notebook(study: Profile, records: Iterable[Record]) -> pd.DataFrame:
     """One row per notebook that plans runs: how many are planned, finished and missing, and how long they took.
 
     A run that several notebooks plan counts in each of them. Runs that only other runs begin with or learn from count
-    too; what can be planned only once others are finished does not. ``hours of runs`` are
-    wall-clock hours, whether or not another run went on beside them; ``machines`` may say why there is no plan.
+    too; what can be planned only once others are finished does not. ``hours of runs`` are wall-clock hours, whether or
+    not another run went on beside them; ``machines`` may say why there is no plan.
     """
     done = {job_name(study, record.spec): record for record in records}
     rows = []
