@@ -372,9 +372,11 @@ def test_ranges_taken_anew_forget_what_training_saw(translation_model):
 
 def test_calibration_on_no_data_is_refused(translation_model):
     pairs = few_pairs()
-    asked = {"bits": 8, "calibration_batches": 2, "calibration_batch_size": 2}
-    for features, found in ((pairs.select([]), 0), (pairs, 3)):
-        compressor = make_compressor(CompressorSpec(name="quantization", settings=asked))
+    asked = {"bits": 8, "calibration_batch_size": 2}
+    cases = ((pairs.select([]), 0, "calibration_batches"), (pairs, 3, "calibration_batches"),
+             (pairs, 3, "recalibration_batches"))  # fmt: skip
+    for features, found, name in cases:
+        compressor = make_compressor(CompressorSpec(name="quantization", settings=asked | {name: 2}))
         compressor.attach(copy.deepcopy(translation_model))
         with pytest.raises(StudyError, match=f"2 batches of 2 examples, there are {found} examples"):
             compressor.use_data(data(features))

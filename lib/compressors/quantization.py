@@ -58,26 +58,27 @@ class Quantization(Compressor):
         """Post-training: show the model its calibration batches, unrounded, in fp32 and eval mode.
 
         Raises:
-            StudyError: there are no training examples, or fewer than asked for.
+            StudyError: there are no training examples, or fewer than will be asked for.
         """
         self.data = data
-        self._follow(self.settings.calibration_batches)
+        settings, size = self.settings, self.settings.calibration_batch_size
+        count = max(settings.calibration_batches, settings.recalibration_batches)
+        if count and len(data) < size * count:
+            raise StudyError(
+                f"quantization: calibration asks for {count} batches of {size} examples, there are {len(data)} "
+                "examples; give more data, or lower calibration_batches or recalibration_batches"
+            )
+        self._follow(settings.calibration_batches)
 
     def _follow(self, count: int) -> None:
         """Let the ranges follow ``count`` batches of training data without dropout; none asks for nothing."""
-        size = self.settings.calibration_batch_size
         if not count:
             return
-        if len(self.data) < size * count:
-            raise StudyError(
-                f"quantization: calibration asks for {count} batches of {size} examples, there are {len(self.data)} "
-                "examples; give more data, or lower calibration_batches or recalibration_batches"
-            )
         training = self.model.training
         self.model.eval().to(self.data.device)
         self.switch.observing = True
         with torch.no_grad():
-            for batch in self.data.batches(size, count):
+            for batch in self.data.batches(self.settings.calibration_batch_size, count):
                 self.model(**batch)
         self.switch.observing = False
         self.model.train(training)
