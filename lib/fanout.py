@@ -132,7 +132,8 @@ def plans_of(notebooks: Iterable[Path]) -> list[str]:
     """
     text = "".join(path.read_text(encoding="utf-8") for path in notebooks)
     used = set(re.findall(r"\bplans\.(\w+)", text))
-    modules = {getattr(getattr(plans, name, None), "__module__", None) for name in used} - {common.__name__}
+    modules = {getattr(getattr(plans, name, None), "__module__", None) for name in used}
+    modules -= {common.__name__, plans.__name__}
     return [name for name, plan in PLANS.items() if name in used or plan.__module__ in modules]
 
 

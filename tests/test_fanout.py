@@ -98,6 +98,15 @@ def test_a_notebooks_plans_are_those_that_it_names(tmp_path):
     assert fanout.plans_of([tmp_path / "00.ipynb"]) == ["dense", "engine_latency"]
     real = ROOT / "notebooks" / "05_poor_mans_bert.ipynb"
     assert fanout.plans_of([real]) == ["majority", "contributions", "poor_mans_bert", "halved_speed"]
+    sparse = ["obert", "fisher_cost", "sparse_speed", "published_checkpoints"]
+    assert fanout.plans_of([ROOT / "notebooks" / "03_obert.ipynb"]) == sparse
+
+
+def test_a_comparison_that_the_profile_leaves_out_is_no_job(tmp_path):
+    jobs = [
+        fanout.plan_jobs(load_profile(name, results=tmp_path), ["stock_comparison"])[0] for name in ("quick", "study")
+    ]
+    assert [len(found) for found in jobs] == [0, 1]
 
 
 def test_a_status_counts_the_records_of_every_notebooks_plan(tmp_path):

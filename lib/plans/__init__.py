@@ -46,7 +46,7 @@ PLANS: dict[str, Callable[[Profile], list[Spec]]] = {
     "dense": dense,
     "majority": majority,
     "engine_latency": engine_latency,
-    "stock_comparison": lambda profile: [stock_comparison(profile)],
+    "stock_comparison": lambda profile: [stock_comparison(profile)] if profile.latency.compare_training else [],
     "contributions": contributions,
     "poor_mans_bert": poor_mans_bert,
     "halved_speed": halved_speed,
