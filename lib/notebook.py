@@ -116,7 +116,7 @@ def provenance(study: Profile, records: Iterable[Record]) -> None:
     rows = {
         "records": f"{len(used)} in `results/{study.results.name}/runs`",
         "made": " to ".join(sorted({min(r.created for r in used)[:10], max(r.created for r in used)[:10]})),
-        "hardware": "; ".join(sorted({str(r.hardware.get("gpu") or r.hardware.get("cpu")) for r in used})),
+        "hardware": "; ".join(sorted({r.machine for r in used})),
         "compute": f"{sum(r.seconds for r in used) / 60:.0f} minutes in all",
         "commits": ", ".join(sorted({(r.commit or "none")[:10] for r in used})),
         "data digests": ", ".join(sorted({r.data for r in used if r.data})) or "none",

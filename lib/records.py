@@ -35,6 +35,11 @@ class Record(Strict):
     hardware: dict[str, Any]
     packages: dict[str, str]
 
+    @property
+    def machine(self) -> str:
+        """What computed it: the GPU's name, or the CPU's where there was none."""
+        return str(self.hardware.get("gpu") or self.hardware.get("cpu"))
+
     def __getitem__(self, key: str) -> Any:
         """``record["score"]`` is ``record.result["score"]``."""
         return self.result[key]

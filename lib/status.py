@@ -37,6 +37,6 @@ def by_notebook(study: Profile, records: Iterable[Record]) -> pd.DataFrame:
         rows.append({
             "notebook": path.stem, "planned": len(planned), "finished": len(found),
             "missing": len(planned) - len(found), "hours of runs": sum(record.seconds for record in found) / 3600,
-            "machines": where or ", ".join(sorted({str(r.hardware.get("gpu") or r.hardware["cpu"]) for r in found})),
+            "machines": where or ", ".join(sorted({record.machine for record in found})),
         })  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
