@@ -268,8 +268,9 @@ class ObertSettings(Strict):
     ``one_shot_sparsities``, split into each of ``recomputations``. ``upstream_task`` lends its text to the language
     model, ``transfer_tasks`` get its pruned encoder. ``compound_layers`` are layers kept. ``cost_weights`` is the slice
     that the Fisher's cost is measured on. Speed is measured at ``speed_conditions``, pairs of batch and tokens: dense
-    models on ``dense_engines``, sparse ones on ``sparse_engines``, each group of engines in one run. ``checkpoints``
-    maps published models of the hub to their tasks.
+    models on ``dense_engines``, sparse ones on ``sparse_engines``, each group of engines in one run: the first group at
+    all ``speed_layers``, the others at the first of them. ``checkpoints`` maps published models of the hub to their
+    tasks.
     """
 
     task: str

@@ -169,6 +169,22 @@ def test_a_run_on_a_sparse_engine_holds_the_models_of_one_sparsity(study):
     assert held == [whole, second, shorter, second]
 
 
+def test_the_first_sparse_engines_run_at_every_depth_and_the_conditions_of_a_set_of_models_follow_each_other(study):
+    update = {
+        "speed_conditions": ((1, 16), (2, 16)),
+        "sparse_engines": (("pytorch-csr-fp32",), ("pytorch-tiles-fp32",)),
+    }
+    settings = study.obert.model_copy(update=update)
+    plan = sparse_speed(study.model_copy(update={"obert": settings}))
+    assert [(spec.engines[0], spec.batch) for spec in plan] == [
+        (engine, batch)
+        for engine in ["pytorch-fp32", "pytorch-csr-fp32", "pytorch-csr-fp32", "pytorch-tiles-fp32"]
+        for batch in (1, 2)
+    ]
+    depths = [min(4 - len(model.drop) for model in spec.models.values()) for spec in plan]
+    assert depths == [2, 2, 4, 4, 2, 2, 4, 4]
+
+
 def test_texts_are_unlabelled_and_different():
     rows = load_task("world_qa", "embedded", None, 60, 8)["train"]
     found = texts(TASKS["world_qa"], rows)
