@@ -11,6 +11,7 @@ from lib.analysis.fullyqt import (
     engine_quality_frame,
     everything,
     guard_frame,
+    norm_frame,
     part_frame,
     procedure,
     published_retained,
@@ -141,6 +142,20 @@ def test_parts_are_compared_with_everything(profile):
     parts = part_frame(pd.concat([frame, without]))
     assert parts["part"].tolist() == [*(part.replace("_", " ") for part in PARTS), "everything"]
     assert parts["retained"].tolist()[-1] == 25.0 and set(parts["bits"]) == {4}
+
+
+def test_a_layer_norms_step_is_in_its_smallest_standard_deviation(profile):
+    rows = [scored(plan.post_training(profile, TASK, 0, 4, parts=[part]), 30.0) for part in ("layer_norm", "ffn")]
+    rows += [scored(plan.post_training(profile, TASK, 0, 4), 10.0)]
+    norms = {"first": {"numerator": [-20.0, 10.0], "denominator": [0.5, 9.0]},
+             "second": {"numerator": [-1.5, 1.5], "denominator": [2.0, 3.0]}}  # fmt: skip
+    for row in rows:
+        row.result["compression"] = {"norms": norms}
+    frame = norm_frame(rows)
+    assert frame[["place", "layer_norm", "step", "narrowest"]].to_numpy().tolist() == [
+        [1, "first", 2.0, 0.5], [2, "second", 0.2, 2.0]
+    ]  # fmt: skip
+    assert frame["coarse"].tolist() == [4.0, 0.1] and norm_frame([]).empty
 
 
 def test_bucketing_and_guards_are_paired(profile):

@@ -451,6 +451,10 @@ def test_a_stored_encoder_gives_identical_logits_and_fails_plainly_elsewhere(
     assert (tmp_path / "compressed.safetensors").stat().st_size == summary["stored_bytes"]
     with pytest.raises(OSError, match="load_compressed"):
         type(model).from_pretrained(tmp_path)
+    norms = summary["norms"]
+    assert list(norms) == [name for name, module in model.named_modules() if isinstance(module, QuantizedLayerNorm)]
+    spreads = [high / low for low, high in (norm["denominator"] for norm in norms.values())]
+    assert max(spreads) == pytest.approx(summary["denominator_spread"])
     (tmp_path / "quantization.json").write_text('{"format": 1, "bits": 5}')
     with pytest.raises(StudyError, match="save the model again"):
         load_compressed(tmp_path)

@@ -129,6 +129,28 @@ def guard_frame(frame: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def norm_frame(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per LayerNorm of every model whose LayerNorms alone were rounded after training.
+
+    ``place`` counts them from the input on (from 1), ``step`` is the distance of two values of its rounded numerator,
+    ``narrowest`` the smallest denominator (a standard deviation) in its range, ``coarse`` step / narrowest.
+    """
+    rows = []
+    for record in records:
+        spec = record.spec
+        if not isinstance(spec, TranslationSpec | TrainSpec) or procedure(spec) != "post":
+            continue
+        about, found = _row(record), record.result.get("compression", {}).get("norms", {})
+        if about["part"] != "layer_norm":
+            continue
+        for place, (name, norm) in enumerate(found.items(), start=1):
+            low, high = norm["numerator"]
+            step, narrowest = (high - low) / (2 ** about["bits"] - 1), norm["denominator"][0]
+            rows.append(about | {"place": place, "layer_norm": name, "step": step, "narrowest": narrowest})
+    frame = pd.DataFrame(rows, columns=["task", "title", "seed", "bits", "place", "layer_norm", "step", "narrowest"])
+    return frame.assign(coarse=frame["step"] / frame["narrowest"])
+
+
 def published_retained() -> pd.DataFrame:
     """Published BLEU as a share (percent) of the same task's full precision: task, procedure, bits, retained."""
     rows = published("prato2020", metric="bleu")

@@ -119,10 +119,22 @@ class Quantization(Compressor):
         return {
             "bits": self.settings.bits, "parts": list(self.settings.parts), "ranges": len(list(ranges(self.model))),
             "quantized_weights": rounded, "float_weights": everything - rounded, "stored_bytes": self.bytes,
-            "denominator_spread": self._denominator_spread(),
+            "denominator_spread": self._denominator_spread(), "norms": self._norms(),
         }  # fmt: skip
+
+    def _guarded_norms(self) -> dict[str, QuantizedLayerNorm]:
+        named = self.model.named_modules()
+        return {name: module for name, module in named if isinstance(module, QuantizedLayerNorm) and module.guarded}
 
     def _denominator_spread(self) -> float | None:
         """Largest over smallest LayerNorm denominator in the widest of their ranges; None where none is followed."""
-        norms = [module for module in self.model.modules() if isinstance(module, QuantizedLayerNorm) and module.guarded]
+        norms = self._guarded_norms().values()
         return max((float(norm.denominator.high / norm.denominator.low) for norm in norms), default=None)
+
+    def _norms(self) -> dict[str, dict[str, list[float]]]:
+        """Ends of the ranges of each LayerNorm's numerator and denominator, in the model's order."""
+        steps = ("numerator", "denominator")
+        return {
+            name: {step: [float(end) for end in (getattr(norm, step).low, getattr(norm, step).high)] for step in steps}
+            for name, norm in self._guarded_norms().items()
+        }
