@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,11 @@ def build(results: Path, folder: Path | None = None) -> list[Path]:
         ])  # fmt: skip
         source = _convert(pandoc, _with_vectors(text, work, vectors), "typst", [
             "--toc-depth=2", "-V", "papersize=a4", "-V", "fontsize=10pt", "-V", f"title={title}",
-            f"--include-in-header={STYLE / 'report.typ'}",
+            f"--include-in-header={STYLE / 'report.typ'}", f"--include-in-header={_dated(work, newest(results))}",
         ])  # fmt: skip
         (work / "report.typ").write_text(source, encoding="utf-8")
         try:
-            pdf = typst.compile(str(work / "report.typ"), ignore_system_fonts=True, timestamp=newest(results))
+            pdf = typst.compile(str(work / "report.typ"), ignore_system_fonts=True)
         except Exception as error:  # typst's own class is not the same in every version
             raise StudyError(f"the PDF cannot be set ({str(error).splitlines()[0][:200]})") from None
     return [
@@ -78,6 +78,16 @@ def _tools() -> tuple[Any, Any]:
     except OSError:
         raise StudyError(f"a report needs pandoc, which pypandoc does not find; {INSTALL}") from None
     return pypandoc, typst
+
+
+def _dated(work: Path, made: datetime) -> Path:
+    """A file that gives the PDF its date; typst would take the time of the build."""
+    numbers = ", ".join(
+        f"{name}: {getattr(made, name)}" for name in ("year", "month", "day", "hour", "minute", "second")
+    )
+    file = work / "date.typ"
+    file.write_text(f"#set document(date: datetime({numbers}))\n", encoding="utf-8")
+    return file
 
 
 def _page(maker: Maker, stems: set[str], work: Path) -> str:
@@ -131,10 +141,11 @@ def _convert(pandoc: Any, text: str, to: str, arguments: Sequence[str]) -> str:
         raise StudyError(f"pandoc cannot make {to} of the notebooks ({str(error).splitlines()[-1][:200]})") from None
 
 
-def newest(results: Path) -> int:
-    """When the newest record was made, in seconds since 1970; 0 without records."""
+def newest(results: Path) -> datetime:
+    """When the newest record was made, in UTC; the beginning of 1970 without records."""
     made = [json.loads(path.read_bytes()).get("created", "") for path in (results / "runs").glob("*.json")]
-    return max((int(datetime.fromisoformat(text).timestamp()) for text in made if text), default=0)
+    times = [datetime.fromisoformat(text).astimezone(UTC) for text in made if text]
+    return max(times, default=datetime.fromtimestamp(0, UTC))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,11 @@
 """The gallery page, the LaTeX macros and the report, made from a small results folder."""
 
+import html
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +15,7 @@ import pytest
 
 from lib import gallery, report
 from lib.config import StudyError
+from lib.execute import notebooks
 from lib.figures import new_figure, save_figure
 from lib.tables import save_table
 
@@ -157,10 +161,10 @@ def packages() -> None:
 
 
 def test_the_page_needs_no_network_and_holds_everything(packages, results, tmp_path):
-    html = report.build(results, tmp_path / "out")[0].read_text(encoding="utf-8")
-    body = html[html.index("<body") :]
+    page = report.build(results, tmp_path / "out")[0].read_text(encoding="utf-8")
+    body = page[page.index("<body") :]
     assert not re.findall(r'(?:src|href)="(?!#|data:|https://arxiv)[^"]*"', body)
-    assert "<script" not in html and "@import" not in html and "<link" not in html
+    assert "<script" not in page and "@import" not in page and "<link" not in page
     assert "<math" in body and "$L" not in body and body.count("data:image/png;base64,") == 1
     assert [body.index(f'id="{stem}"') for stem in ("00_start", "01_bases", "05_layers")] == sorted(
         body.index(f'id="{stem}"') for stem in ("00_start", "01_bases", "05_layers")
@@ -172,5 +176,46 @@ def test_the_pdf_is_dated_by_its_newest_record_and_byte_stable(packages, results
     first, second = (report.build(results, tmp_path / name) for name in ("first", "second"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     pdf = first[1].read_bytes()
-    assert pdf.startswith(b"%PDF-") and b"CreationDate(D:20260121100000" in pdf
+    assert pdf.startswith(b"%PDF-") and b"CreateDate>2026-01-21T10:00:00Z<" in pdf
     assert b"/Subtype/Image" not in pdf.replace(b" ", b"")  # the one picture is a figure, so it is drawn as vectors
+
+
+def test_every_formula_of_the_notebooks_can_be_set(packages, results, tmp_path):
+    for path in notebooks():
+        shutil.copy(path, results / "notebooks" / path.name)
+    page, pdf = report.build(results, tmp_path / "out")
+    formulas = sum(len(re.findall(r"\$[^$]+\$", path.read_text(encoding="utf-8"))) for path in notebooks())
+    assert formulas / 2 < page.read_text(encoding="utf-8").count("<math") and pdf.stat().st_size > 50_000
+
+
+LOOK = """<script>
+addEventListener("load", () => {
+  const all = (name) => [...document.querySelectorAll(name)]
+  const ids = new Set(all("[id]").map((one) => one.id))
+  const wide = all("p, ul, math, img, h1, h2").filter((one) => one.getBoundingClientRect().right > innerWidth + 1)
+  document.body.dataset.seen = JSON.stringify({
+    pictures: all("img").length, broken: all("img").filter((one) => one.naturalWidth === 0).length,
+    flat: all("math").filter((one) => one.getBoundingClientRect().height === 0).length, formulas: all("math").length,
+    lost: all('a[href^="#"]').map((one) => decodeURIComponent(one.hash.slice(1))).filter((id) => !ids.has(id)),
+    wide: wide.map((one) => one.outerHTML.slice(0, 80)), requests: performance.getEntriesByType("resource")
+      .map((one) => one.name).filter((name) => !name.startsWith("data:")),
+  })
+})
+</script>"""
+
+
+def test_a_browser_shows_the_page_as_it_is_meant(packages, results, tmp_path):
+    """Pictures are drawn, formulas have a height, links lead somewhere, nothing is fetched or sticks out."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium or Chrome")
+    page = report.build(results, tmp_path / "out")[0]
+    page.write_text(page.read_text(encoding="utf-8") + LOOK, encoding="utf-8")
+    shown = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--window-size=1280,800", f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    seen = json.loads(html.unescape(re.findall(r'data-seen="([^"]+)"', shown)[0]))
+    assert seen["pictures"] == 1 and seen["formulas"] == 3 * FORMULA.count("$") / 2
+    assert [seen[name] for name in ("broken", "flat", "lost", "wide", "requests")] == [0, 0, [], [], []]
