@@ -147,13 +147,13 @@ def test_parts_are_compared_with_everything(profile):
 def test_a_layer_norms_step_is_in_its_smallest_standard_deviation(profile):
     rows = [scored(plan.post_training(profile, TASK, 0, 4, parts=[part]), 30.0) for part in ("layer_norm", "ffn")]
     rows += [scored(plan.post_training(profile, TASK, 0, 4), 10.0)]
-    norms = {"first": {"numerator": [-20.0, 10.0], "denominator": [0.5, 9.0]},
-             "second": {"numerator": [-1.5, 1.5], "denominator": [2.0, 3.0]}}  # fmt: skip
+    norms = {"0.cross_norm": {"numerator": [-20.0, 10.0], "denominator": [0.5, 9.0]},
+             "0.ffn_norm": {"numerator": [-1.5, 1.5], "denominator": [2.0, 3.0]}}  # fmt: skip
     for row in rows:
         row.result["compression"] = {"norms": norms}
     frame = norm_frame(rows)
-    assert frame[["place", "layer_norm", "step", "narrowest"]].to_numpy().tolist() == [
-        [1, "first", 2.0, 0.5], [2, "second", 0.2, 2.0]
+    assert frame[["place", "layer_norm", "after", "step", "narrowest"]].to_numpy().tolist() == [
+        [1, "0.cross_norm", "attention", 2.0, 0.5], [2, "0.ffn_norm", "feed-forward", 0.2, 2.0]
     ]  # fmt: skip
     assert frame["coarse"].tolist() == [4.0, 0.1] and norm_frame([]).empty
 

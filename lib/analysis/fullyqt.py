@@ -132,8 +132,9 @@ def guard_frame(frame: pd.DataFrame) -> pd.DataFrame:
 def norm_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per LayerNorm of every model whose LayerNorms alone were rounded after training.
 
-    ``place`` counts them from the input on (from 1), ``step`` is the distance of two values of its rounded numerator,
-    ``narrowest`` the smallest denominator (a standard deviation) in its range, ``coarse`` step / narrowest.
+    ``place`` counts them from the input on (from 1), ``after`` is what they follow, ``step`` is the distance of two
+    values of the rounded numerator, ``narrowest`` the smallest denominator (a standard deviation) in its range,
+    ``coarse`` step / narrowest.
     """
     rows = []
     for record in records:
@@ -146,8 +147,12 @@ def norm_frame(records: Iterable[Record]) -> pd.DataFrame:
         for place, (name, norm) in enumerate(found.items(), start=1):
             low, high = norm["numerator"]
             step, narrowest = (high - low) / (2 ** about["bits"] - 1), norm["denominator"][0]
-            rows.append(about | {"place": place, "layer_norm": name, "step": step, "narrowest": narrowest})
-    frame = pd.DataFrame(rows, columns=["task", "title", "seed", "bits", "place", "layer_norm", "step", "narrowest"])
+            after = "attention" if "attention" in name or "cross" in name else "feed-forward"
+            after = "embeddings" if "embeddings" in name else after
+            sizes = {"step": step, "narrowest": narrowest}
+            rows.append(about | {"place": place, "layer_norm": name, "after": after} | sizes)
+    columns = ["task", "title", "seed", "bits", "place", "layer_norm", "after", "step", "narrowest"]
+    frame = pd.DataFrame(rows, columns=columns)
     return frame.assign(coarse=frame["step"] / frame["narrowest"])
 
 
