@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from conftest import record
 
+from lib.analysis import machines
 from lib.analysis.block_movement import shown_task
 from lib.analysis.frontier import published_curves
 from lib.analysis.obert import speed_frame
@@ -64,6 +65,16 @@ def test_runs_on_a_slower_machine_do_not_bend_a_curve():
     assert note.endswith(
         "at measured sparsities, by batch × tokens: faster from 97 %, slower up to 0 %: DeepSparse fp32 (32 × 128)."
     )
+
+
+def test_times_of_two_machines_are_not_compared():
+    runs = [timed("deepsparse-fp32", 0.8, 1000, 500), timed("openvino-bf16", None, 600)]
+    foreign = timed("deepsparse-fp32", 0.9, 100, 10)
+    foreign.hardware["cpu"] = "another one"
+    speed = speed_frame([foreign, *runs])
+    pd.testing.assert_frame_equal(speed, speed_frame(runs))
+    assert machines(speed) == machines(speed_frame(runs)) != "another one"
+    assert machines(pd.DataFrame({"cpu": ["b", "a", "b"]})) == "a and b"
 
 
 def test_runs_of_four_are_curves_of_their_own_and_say_when_they_stay_slower():

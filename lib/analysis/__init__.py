@@ -57,6 +57,11 @@ def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:
     return values.reindex(pd.MultiIndex.from_frame(frame[["task", "seed"]])).to_numpy()
 
 
+def machines(rows: pd.DataFrame) -> str:
+    """The processors that ``rows`` (column cpu) were timed on, as a caption names them."""
+    return " and ".join(sorted(rows["cpu"].unique()))
+
+
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
     """Mean, 95 % bootstrap interval and n of ``value`` for every group."""
     rows = []
