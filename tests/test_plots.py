@@ -171,7 +171,7 @@ def test_neither_baselines_nor_one_answer_for_all_are_on_a_front():
 
 
 def test_methods_that_only_cut_are_named():
-    assert frontier_plots.only_compressed(MODELS).endswith("so far: oBERT on B.")
+    assert frontier_plots.only_compressed(MODELS).endswith("so far: oBERT on B. ")
     assert frontier_plots.only_compressed(MODELS[:4]) == ""
 
 

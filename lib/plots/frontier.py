@@ -88,10 +88,10 @@ def markers_and_floor(rows: pd.DataFrame, cost: str) -> str:
 
 
 def only_compressed(points: pd.DataFrame) -> str:
-    """The caption's sentence on methods none of whose models on a task was trained after the cut."""
+    """The caption's sentence on methods none of whose models on a task was trained after the cut, and a space."""
     trained = points.groupby(["family", "title"], sort=False)["trained"].any()
     names = [f"{family} on {title}" for family, title in trained[~trained].index]
-    return f"Compressed and not trained afterwards, so far: {', '.join(names)}." if names else ""
+    return f"Compressed and not trained afterwards, so far: {', '.join(names)}. " if names else ""
 
 
 def beside_published(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
