@@ -147,7 +147,7 @@ def norm_frame(records: Iterable[Record]) -> pd.DataFrame:
         for place, (name, norm) in enumerate(found.items(), start=1):
             low, high = norm["numerator"]
             step, narrowest = (high - low) / (2 ** about["bits"] - 1), norm["denominator"][0]
-            after = "attention" if "attention" in name or "cross" in name else "feed-forward"
+            after = "attention" if any(word in name for word in ("attention", "cross", "sa_")) else "feed-forward"
             after = "embeddings" if "embeddings" in name else after
             sizes = {"step": step, "narrowest": narrowest}
             rows.append(about | {"place": place, "layer_norm": name, "after": after} | sizes)
