@@ -57,9 +57,14 @@ def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:
     return values.reindex(pd.MultiIndex.from_frame(frame[["task", "seed"]])).to_numpy()
 
 
+def distinct(rows: pd.DataFrame, column: str) -> str:
+    """The values of ``column`` as captions and evidence name them: each once, in order."""
+    return " and ".join(str(value) for value in sorted(rows[column].unique()))
+
+
 def machines(rows: pd.DataFrame) -> str:
-    """The processors that ``rows`` (column cpu) were timed on, as a caption names them."""
-    return " and ".join(sorted(rows["cpu"].unique()))
+    """The processors that ``rows`` (column cpu) were timed on."""
+    return distinct(rows, "cpu")
 
 
 def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:

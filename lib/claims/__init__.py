@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from lib.analysis import distinct
 from lib.intervals import Interval, t_interval
 from lib.settings import Profile
 
@@ -69,10 +70,7 @@ def as_small(exact: float, printed: float) -> bool:
 def timed_on(rows: pd.DataFrame) -> str:
     """The conditions of timed ``rows`` (columns engine, cpu, batch, length, threads) in words."""
     engines = rows["engine"].nunique()
-    cpu, batch, length, threads = (
-        " and ".join(str(value) for value in sorted(rows[column].unique()))
-        for column in ("cpu", "batch", "length", "threads")
-    )
+    cpu, batch, length, threads = (distinct(rows, column) for column in ("cpu", "batch", "length", "threads"))
     return f"{engines} engine{'s' * (engines > 1)} on {cpu}, batch {batch} × {length} tokens, {threads} threads"
 
 
