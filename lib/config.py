@@ -15,6 +15,7 @@ from lib.settings import Profile
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ("smoke", "quick", "study", "paper")
+OWN_SEEDS = ("structured_pruning", "frontier")  # sections whose tasks may have seeds of their own
 
 
 class StudyError(Exception):
@@ -96,8 +97,9 @@ def _override(values: dict[str, Any], key: str, value: Any, file: str) -> None:
     if key == "seeds" and isinstance(value, list | tuple):
         for settings in (*values["tasks"].values(), *(values.get("translation") or {}).values()):
             settings["seeds"] = len(value)
-        if isinstance(values.get("structured_pruning"), dict):
-            values["structured_pruning"]["seeds"] = {}
+        for section in OWN_SEEDS:
+            if isinstance(values.get(section), dict):
+                values[section]["seeds"] = {}
     if key in ("data_dir", "results"):
         value = Path(value).expanduser().absolute()
     target, *rest = key.split(".")
@@ -159,10 +161,11 @@ def _validated(values: dict[str, Any], file: str) -> Profile:
             )
         if model.seeds > len(profile.seeds):
             raise StudyError(f"{file}: translation.{task}.seeds: found {model.seeds}, only {len(profile.seeds)} listed")
-    for task, number in profile.structured_pruning.seeds.items():
-        if number > len(profile.seeds):
-            listed = f"only {len(profile.seeds)} listed"
-            raise StudyError(f"{file}: structured_pruning.seeds.{task}: found {number}, {listed}")
+    for section in OWN_SEEDS:
+        for task, number in getattr(profile, section).seeds.items():
+            if number > len(profile.seeds):
+                listed = f"only {len(profile.seeds)} listed"
+                raise StudyError(f"{file}: {section}.seeds.{task}: found {number}, {listed}")
     quantized = profile.fully_quantized
     for task in (*quantized.tasks, *quantized.scratch, quantized.ablation_task, quantized.speed_task):
         if task not in profile.translation:

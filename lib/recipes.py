@@ -4,6 +4,7 @@ A recipe's quality is measured through the engine that its latency is measured o
 on the same plot as what it saves in time.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from lib.experiments import finished_model, weights_folder
 from lib.files import write_atomically
 from lib.frontier import share
 from lib.intervals import bootstrap_interval
-from lib.plans.frontier import recipes
+from lib.plans.frontier import recipe_seeds, recipes
 from lib.records import Record
 from lib.settings import Profile
 from lib.specs import EngineQualitySpec, spec_hash
@@ -39,20 +40,23 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
     """
     latency = {(row["model"], row["engine"]): row for record in timed for row in record["rows"]}
     done = {record.hash: record for record in records}
+    scored = {}
+    for record in done.values():
+        spec = record.spec
+        if isinstance(spec, EngineQualitySpec):
+            scored[spec_hash(spec.start), spec.engine] = record
     rows = []
-    for seed in study.task_seeds(study.frontier.task):
+    for seed in recipe_seeds(study):
         made = recipes(study, seed)
-        names = {spec_hash(spec): name for name, spec in made.items()}
         dense = done.get(spec_hash(made["dense"])) if "dense" in made else None
-        for record in done.values():
-            spec = record.spec
-            if not isinstance(spec, EngineQualitySpec) or spec_hash(spec.start) not in names or dense is None:
+        for name, engine in itertools.product(made, study.frontier.engines):
+            found = scored.get((spec_hash(made[name]), engine))
+            if found is None or dense is None:
                 continue
-            name = names[spec_hash(spec.start)]
-            time = latency.get((name, spec.engine))
+            time = latency.get((name, engine))
             rows.append({
-                "recipe": name, "engine": spec.engine, "seed": seed, "score": record["score"],
-                "retained": share(record["score"], dense["score"]), "size (MB)": record["size_bytes"] / 1e6,
+                "recipe": name, "engine": engine, "seed": seed, "score": found["score"],
+                "retained": share(found["score"], dense["score"]), "size (MB)": found["size_bytes"] / 1e6,
                 **{name: time[key] if time else np.nan for name, key in TIMED.items()},
             })  # fmt: skip
     return pd.DataFrame(rows, columns=["recipe", "engine", "seed", "score", "retained", "size (MB)", *TIMED])
@@ -125,7 +129,7 @@ def export(study: Profile, recipe: str, about: Mapping[str, Any], train: bool = 
     Raises:
         StudyError: unknown recipe, the folder cannot be written, or training again gives another model.
     """
-    seed = study.task_seeds(study.frontier.task)[0]
+    seed = recipe_seeds(study)[0]
     made = recipes(study, seed)
     if recipe not in made:
         raise StudyError(f"frontier: no recipe '{recipe}'; there is {'; '.join(made)}")

@@ -1,5 +1,6 @@
 """What a profile says: one class for each section of the YAML file, with the meaning and range of every key."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -237,10 +238,12 @@ class FrontierSettings(Strict):
     ``[1, 1]`` prunes no head or unit. ``distilled_longer`` adds single compounds that are distilled for epochs of their
     own: (layers dropped, heads kept, units kept, epochs). ``block_movement`` adds notebook 04's hybrid model at its
     first strength, filled, and ``kronecker`` these configurations of notebook 07. Quality is measured on ``task``
-    through ``engines``, latency at ``batch`` and ``length`` against the dense model on ``reference``.
+    through ``engines``, latency at ``batch`` and ``length`` against the dense model on ``reference``. ``seeds`` are
+    those of tasks that run with more (or fewer) here than elsewhere.
     """
 
     task: str
+    seeds: dict[str, PositiveInt]
     layers_dropped: tuple[int, ...] = Field(min_length=1)
     operating_points: tuple[tuple[Density, Density], ...] = Field(min_length=1)
     distilled_longer: tuple[tuple[NonNegativeInt, Density, Density, PositiveFloat], ...]
@@ -378,8 +381,11 @@ class Profile(Strict):
     kronecker: KroneckerSettings
     frontier: FrontierSettings
 
-    def task_seeds(self, task: str) -> tuple[int, ...]:
+    def task_seeds(self, task: str, own: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """The seeds that ``task``, of ``tasks`` or ``translation``, runs with under this profile.
+
+        Args:
+            own: how many seeds some tasks have in one notebook, instead of their number elsewhere.
 
         Raises:
             StudyError: the profile has no such task.
@@ -390,4 +396,4 @@ class Profile(Strict):
 
             known = ", ".join([*self.tasks, *self.translation])
             raise StudyError(f"task '{task}' is not among those of this run; it has {known}")
-        return self.seeds[: settings.seeds]
+        return self.seeds[: (own or {}).get(task, settings.seeds)]

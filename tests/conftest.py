@@ -187,7 +187,7 @@ def small_profile(results: Path) -> dict[str, Any]:
                            "contribution_examples": 16, "grid_tasks": ["world_sentiment"],
                            "half_tasks": [], "speed_engines": ["pytorch-fp32"], "speed_k": [2],
                            "ablation_k": [2], "ablation_tasks": []},
-        "frontier": {"task": "world_qa", "layers_dropped": [0, 2], "operating_points": [[1, 1]],
+        "frontier": {"task": "world_qa", "seeds": {}, "layers_dropped": [0, 2], "operating_points": [[1, 1]],
                      "distilled_longer": [], "block_movement": False, "kronecker": [], "engines": ["onnxruntime-int8"],
                      "reference": "pytorch-fp32", "batch": 1, "length": 16},
         "kronecker": {

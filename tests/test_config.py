@@ -75,6 +75,7 @@ def test_unknown_profile_lists_the_known_ones(tmp_path):
         ({"structured_pruning.tasks": []}, ("structured_pruning.tasks", "at least 1")),
         ({"structured_pruning.seeds": {"world_qa": 0}}, ("structured_pruning.seeds.world_qa", "greater than 0", "0")),
         ({"structured_pruning.seeds": {"world_qa": 3}}, ("structured_pruning.seeds.world_qa", "3", "only 2 listed")),
+        ({"frontier.seeds": {"world_qa": 3}}, ("frontier.seeds.world_qa", "3", "only 2 listed")),
     ],
 )  # fmt: skip
 def test_a_mistake_in_the_file_is_one_line(profile_file, changes, said):

@@ -15,7 +15,7 @@ from lib.experiments import weights_folder
 from lib.models import load_model
 from lib.plans.frontier import FACTORS, HYBRID, latency_model, recipe_name
 from lib.runs import ensure
-from lib.specs import EngineQualitySpec, TrainSpec, dense_spec
+from lib.specs import EngineQualitySpec, TrainSpec, dense_spec, spec_hash
 from lib.surgery import load_compressed
 
 LONGER = "2 layers dropped; 50 % heads, 25 % units cut; 2 epochs"
@@ -78,6 +78,21 @@ def test_a_longer_distillation_changes_its_own_epochs_alone(series):
     changes = {"distilled_longer": ((2, 1.0, 1.0, 2.0),)}
     with pytest.raises(StudyError, match=r"distilled_longer: .* cuts nothing"):
         plans.recipes(study.model_copy(update={"frontier": study.frontier.model_copy(update=changes)}), 0)
+
+
+def test_recipes_may_have_seeds_of_their_own_and_those_distilled_for_longer_come_first():
+    study = load_profile("study", tasks=["squad_v1"])
+    settings = study.frontier.model_copy(update={"seeds": {"squad_v1": 2}, "task": "squad_v1"})
+    study = study.model_copy(update={"frontier": settings})
+    plan = plans.frontier(study)
+    seeds = [spec.seed for spec in plan if isinstance(spec, TrainSpec)]
+    assert seeds == sorted(seeds) and set(seeds) == {0, 1} and study.task_seeds("squad_v1") == (0,)
+    measured = [spec_hash(spec.start) for spec in plan if isinstance(spec, EngineQualitySpec)]
+    order = sorted(plans.recipes(study, 1).items(), key=lambda item: measured.index(spec_hash(item[1])))
+    longer = [recipe_name(*compound) for compound in settings.distilled_longer]
+    assert [name for name, _ in order][: 1 + len(longer)] == ["dense", *longer]
+    one = load_profile("study", tasks=["squad_v1"], seeds=[5])
+    assert plans.recipe_seeds(one) == (5,)
 
 
 @pytest.mark.parametrize(("point", "densities"), [((1, 0.5), {"units": 0.5}), ((0.5, 1), {"heads": 0.5})])

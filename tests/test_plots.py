@@ -16,7 +16,8 @@ from lib.claims.obert import _against_dense, speed_sentence
 from lib.config import StudyError
 from lib.figures import SERIES, series_style
 from lib.plots import frontier as frontier_plots
-from lib.plots.obert import crossing_note, speed_figure
+from lib.plots import fullyqt as fullyqt_plots
+from lib.plots.obert import _by_conditions, crossing_note, speed_figure
 from lib.plots.structured_qa import ORDER, recovery_figure, selection_figure
 from lib.records import Record
 from lib.specs import LatencyModel, LatencySpec
@@ -83,9 +84,13 @@ def test_runs_of_four_are_curves_of_their_own_and_say_when_they_stay_slower():
     assert set(drawn["curve"]) == {"DeepSparse fp32", "DeepSparse fp32, runs of 4", "OpenVINO bf16"}
     labels = [text.get_text() for text in fig.legends[0].texts]
     assert "DeepSparse fp32, runs of 4" in labels and drawn["faster from (%)"].isna().all()
-    assert "slower throughout, up to 80 %: DeepSparse fp32 (32 × 128), DeepSparse fp32, runs of 4" in crossing_note(
-        drawn
-    )
+    note = crossing_note(drawn)
+    assert note.endswith("slower throughout, up to 80 %: DeepSparse fp32 with and without runs of 4 (32 × 128).")
+
+
+def test_curves_that_pass_under_the_same_conditions_share_the_brackets():
+    curves = {"A": ["1 × 2", "3 × 4"], "A, runs of 4": ["1 × 2", "3 × 4"], "B": ["1 × 2"], "C, runs of 4": ["1 × 2"]}
+    assert _by_conditions(curves) == "A with and without runs of 4 (1 × 2, 3 × 4), B, C, runs of 4 (1 × 2)"
 
 
 def test_speed_sentence_leaves_out_engines_without_fp32_and_says_when_dense_models_gain_more():
@@ -232,6 +237,64 @@ def test_selections_are_drawn_for_heads_units_and_both():
         "gain": 70,
     }
     assert [ax.get_xlabel().split()[0] for ax in fig.axes] == ["heads", "units", "both:"]
+
+
+def test_ways_at_one_width_stand_beside_each_other_and_the_papers_points_are_told_apart():
+    rows = [("A", "post", 8, 99.0), ("A", "post", 8, 97.0), ("A", "aware", 8, 98.0), ("B", "post", 4, 50.0)]
+    ours = pd.DataFrame(rows, columns=["title", "procedure", "bits", "retained"])
+    theirs = pd.DataFrame({"procedure": ["aware", "post"], "bits": [6, 8], "retained": [100.0, 99.0]})
+    fig, drawn = fullyqt_plots.score_against_bits(ours, theirs, [8, 4])
+    means = drawn[~drawn["published"]].set_index(["task", "method"])["retained"]
+    assert means["A", "quantized-post"] == 98 and means["A", "quantized-aware"] == 98
+    assert set(drawn[drawn["published"]]["method"]) == {"quantized-scratch", "quantized-post"}
+    above, near = fig.axes[0], fig.axes[2]
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["A", "B"] and near.get_ylim() == fullyqt_plots.NEAR
+    assert near.get_xticks().tolist() == [4, 6, 8]
+    places = {float(line.get_xdata()[0]) for line in above.lines if line.get_label() and line.get_xdata()[0] > 7}
+    assert len(places) >= 2  # at 8 bits, side by side
+    with pytest.raises(StudyError, match="no quantised run"):
+        fullyqt_plots.score_against_bits(ours[:0], theirs, [8, 4])
+
+
+def test_a_part_has_its_place_and_a_bar_over_its_seeds():
+    rows = [
+        ("A", "softmax", 8, 99.0),
+        ("A", "softmax", 8, 97.0),
+        ("A", "layer_norm", 8, 90.0),
+        ("B", "layer_norm", 8, 60.0),
+    ]
+    parts = pd.DataFrame(rows, columns=["title", "part", "bits", "retained"]).assign(seed=[0, 1, 0, 0], task="a")
+    fig = fullyqt_plots.parts_alone(parts)
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["softmax", "layer_norm"]
+    points = fig.axes[0].containers[0].lines[0]
+    assert points.get_ydata().tolist() == [98, 90] and fig.axes[1].containers[0].lines[0].get_ydata().tolist() == [60]
+
+
+def test_steps_of_layer_norms_have_a_colour_for_what_comes_before_and_fit_into_the_axis():
+    rows = [("A", 1, "embeddings", 0.04), ("A", 2, "attention", 0.004), ("A", 3, "feed-forward", 9.0)]
+    norms = pd.DataFrame(rows, columns=["title", "place", "after", "coarse"])
+    (ax,) = fullyqt_plots.layer_norm_steps(norms).axes
+    drawn = {line.get_label(): line for line in ax.lines if line.get_label().startswith("after")}
+    assert set(drawn) == {f"after {kind}" for kind in fullyqt_plots.AFTER}
+    assert len({line.get_color() for line in drawn.values()}) == 3
+    assert ax.get_ylim()[0] < 0.004 and ax.get_ylim()[1] > 9
+
+
+def test_lines_of_the_delay_are_means_of_the_drawn_seeds():
+    rows = [(8, 0.0, 98.0), (8, 0.0, 100.0), (8, 0.5, 97.0), (4, 0.0, 80.0)]
+    fig = fullyqt_plots.score_against_delay(pd.DataFrame(rows, columns=["bits", "delay", "retained"]))
+    lines = [list(line.get_ydata()) for line in fig.axes[0].lines]
+    assert [98, 100, 97] in lines and [99, 97] in lines and [80] in lines
+
+
+def test_engines_of_one_model_share_a_row_and_rows_keep_their_order():
+    rows = [("translation", "pytorch-fp32", 1.0), ("BERT", "openvino-int8", 4.0), ("BERT", "pytorch-fp32", 0.9)]
+    (ax,) = fullyqt_plots.speed_of_engines(pd.DataFrame(rows, columns=["what", "engine", "speedup"])).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["translation", "BERT"]
+    points = {
+        (float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in ax.lines if len(line.get_xdata()) == 1
+    }
+    assert points == {(1, 0), (4, 1), (0.9, 1)}
 
 
 def test_series_differ_in_colour_or_line():

@@ -13,7 +13,7 @@ from lib.plans.block_movement import (
     training_overhead,
 )
 from lib.plans.common import SPEED_ARCHITECTURES, dense, encoder_layers, engine_latency, majority, stock_comparison
-from lib.plans.frontier import frontier, recipe_latency, recipes
+from lib.plans.frontier import frontier, recipe_latency, recipe_seeds, recipes
 from lib.plans.fullyqt import fully_quantized, translation, translation_speed
 from lib.plans.kronecker import factorisation, kronecker, kronecker_speed
 from lib.plans.obert import fisher_cost, obert, published_checkpoints, sparse_speed
@@ -33,9 +33,9 @@ __all__ = [
     "MEASURED_FIRST", "PLANS", "SPEED_ARCHITECTURES", "block_movement", "block_sparse_speed", "contributions",
     "dense", "encoder_layers", "engine_latency", "factorisation", "fisher_cost", "frontier", "fully_quantized",
     "halved_speed", "kronecker", "kronecker_speed", "layer_dropping", "layer_sets", "majority", "make_plan", "obert",
-    "operating_speed", "point_name", "published_checkpoints", "published_shape_speed", "recipe_latency", "recipes",
-    "similarity_of", "sparse_speed", "stock_comparison", "structured_qa", "trained_speed", "training_overhead",
-    "translation", "translation_speed",
+    "operating_speed", "point_name", "published_checkpoints", "published_shape_speed", "recipe_latency", "recipe_seeds",
+    "recipes", "similarity_of", "sparse_speed", "stock_comparison", "structured_qa", "trained_speed",
+    "training_overhead", "translation", "translation_speed",
 ]  # fmt: skip
 
 PLANS: dict[str, Callable[[Profile], list[Spec]]] = {

@@ -69,14 +69,24 @@ def _compound(profile: Profile, seed: int, dropped: int, heads: float, units: fl
     return pruned(profile, task, seed, both, "l0", "retrain and distil", parent, epochs)
 
 
+def recipe_seeds(profile: Profile) -> tuple[int, ...]:
+    """The seeds that recipes are made with."""
+    return profile.task_seeds(profile.frontier.task, profile.frontier.seeds)
+
+
 def frontier(profile: Profile) -> list[Spec]:
-    """Every recipe and what it is made from, a seed before the next; then its quality on every engine."""
+    """Every recipe, what it is made from and its quality on every engine, a seed before the next.
+
+    After the dense model come the compounds that are distilled for longer, which the other ones were tried for.
+    """
     plan: list[Spec] = []
-    for seed in profile.task_seeds(profile.frontier.task):
-        made = recipes(profile, seed).values()
-        for recipe in made:
+    longer = {recipe_name(*compound) for compound in profile.frontier.distilled_longer}
+    for seed in recipe_seeds(profile):
+        made = recipes(profile, seed)
+        for name in sorted(made, key=lambda name: (name != recipe_name(0, *UNTOUCHED), name not in longer)):
+            recipe = made[name]
             plan += [*recipe.informed_by, *([recipe.start] if recipe.start else []), recipe]
-        plan += [_quality(profile, recipe, engine) for recipe in made for engine in profile.frontier.engines]
+            plan += [_quality(profile, recipe, engine) for engine in profile.frontier.engines]
     return plan
 
 
@@ -93,7 +103,7 @@ def recipe_latency(profile: Profile, records: list[Record]) -> list[Spec]:
     units a layer keeps, hardly in how many.
     """
     settings, latency = profile.frontier, profile.latency
-    seed = profile.task_seeds(settings.task)[0]
+    seed = recipe_seeds(profile)[0]
     done = {record.hash: record for record in records}
     architecture = timed_architecture(profile)
     models = {"dense": LatencyModel(architecture=architecture)}

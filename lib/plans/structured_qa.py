@@ -137,7 +137,7 @@ def structured_qa(profile: Profile) -> list[Spec]:
             f"structured_pruning.tasks: found {', '.join(settings.tasks)}, expected question-answering tasks of "
             f"profile {profile.name}: {there}"
         )
-    seeds = {task: profile.seeds[: settings.seeds.get(task, len(profile.task_seeds(task)))] for task in tasks}
+    seeds = {task: profile.task_seeds(task, settings.seeds) for task in tasks}
     for seed in profile.seeds:
         for task in tasks:
             if seed not in seeds[task]:

@@ -1,5 +1,6 @@
 """The figures of notebook 03, each from frames of ``lib.analysis.obert``; all return the figure and the drawn rows."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ PART_COLOURS = {
     "ffn_in": figures.ORANGE, "ffn_out": figures.VERMILION,
 }  # fmt: skip
 IN_FOURS = {"linestyle": ":", "fillstyle": "bottom", "markerfacecoloralt": "white", "zorder": 1.9}
+FOURS = ", runs of 4"  # ends the name of such a curve
 LARGEST, SMALLEST = 6.0, 1.5  # markers of all layers and of none
 
 
@@ -158,7 +160,8 @@ def speed_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         here = full[(full["batch"] == batch) & (full["length"] == length)]
         drawn.append(_speed_panel(ax, here))
         ax.set(title=f"batch {batch}, {length} tokens", xlabel="sparsity (%)", yscale="log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 100 * low else (1, 3)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
     for ax in axes[::2]:
@@ -182,7 +185,7 @@ def _speed_panel(ax: Any, here: pd.DataFrame) -> pd.DataFrame:
             ax.plot([0], start["anchored ms"], **style)
             drawn.append(start.assign(curve=style["label"]))
         for group, curve in sparse.groupby("group"):
-            shown = style | IN_FOURS | {"label": style["label"] + ", runs of 4"} if group == 4 else style
+            shown = style | IN_FOURS | {"label": style["label"] + FOURS} if group == 4 else style
             points = pd.concat([start, curve]).sort_values("sparsity")
             bars = np.abs(points[["low ms", "high ms"]].to_numpy().T - points["anchored ms"].to_numpy())
             ax.errorbar(points["sparsity"], points["anchored ms"], bars, capsize=1.5, elinewidth=0.7, **shown)
@@ -200,7 +203,7 @@ def crossing_note(drawn: pd.DataFrame) -> str:
     curves = drawn[drawn["sparsity"] > 0].merge(drawn[drawn["engine"] == BF16][["batch", "length"]].drop_duplicates())
     if curves.empty:
         return ""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, list[str]]] = {}
     for (batch, length, curve), points in curves.groupby(["batch", "length", "curve"], sort=False):
         slower, faster = points["slower up to (%)"].iloc[0], points["faster from (%)"].iloc[0]
         last = points["sparsity"].max()
@@ -210,10 +213,24 @@ def crossing_note(drawn: pd.DataFrame) -> str:
             state = f"slower throughout, up to {last:.0f} %"
         else:
             state = "quartiles overlap" + ("" if np.isnan(slower) else f" beyond {slower:.0f} %") + ", no crossing told"
-        found.setdefault(state, []).append(f"{curve} ({batch} × {length})")
-    states = "; ".join(f"{state}: {', '.join(names)}" for state, names in found.items())
+        found.setdefault(state, {}).setdefault(str(curve), []).append(f"{batch} × {length}")
+    states = "; ".join(f"{state}: {_by_conditions(curves)}" for state, curves in found.items())
     against = f"Against the dense model in {figures.METHODS[BF16][2]} (shaded), at measured sparsities"
     return f"{against}, by batch × tokens: {states}."
+
+
+def _by_conditions(curves: Mapping[str, Sequence[str]]) -> str:
+    """Curves in words, each with its conditions in brackets; those with the same conditions share the brackets."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for curve, conditions in curves.items():
+        alike.setdefault(tuple(conditions), []).append(curve)
+    texts = []
+    for conditions, names in alike.items():
+        both = [name for name in names if name + FOURS in names]
+        rest = [name for name in names if name.removesuffix(FOURS) not in both]
+        words = [f"{name} with and without{FOURS.removeprefix(',')}" for name in both] + rest
+        texts.append(f"{', '.join(words)} ({', '.join(conditions)})")
+    return ", ".join(texts)
 
 
 def frontier_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
