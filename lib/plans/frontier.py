@@ -77,7 +77,8 @@ def recipe_seeds(profile: Profile) -> tuple[int, ...]:
 def frontier(profile: Profile) -> list[Spec]:
     """Every recipe, what it is made from and its quality on every engine, a seed before the next.
 
-    After the dense model come the compounds that are distilled for longer, which the other ones were tried for.
+    After the dense model come the compounds that are distilled for longer: a budget that ends early has spent its time
+    on those that one would take.
     """
     plan: list[Spec] = []
     longer = {recipe_name(*compound) for compound in profile.frontier.distilled_longer}
