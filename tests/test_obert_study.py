@@ -22,6 +22,7 @@ from lib.claims import obert as claims_of
 from lib.config import ROOT, StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.distillation import Distillation
+from lib.engines import unavailable_reason
 from lib.fisher import BlockFisher
 from lib.labels import label
 from lib.models import published_parameters
@@ -278,11 +279,15 @@ def test_frames_say_what_every_run_is(finished):
     assert frame[frame["kind"] == "dense"]["retained"].tolist() == [100.0]
     assert set(frame[frame["kind"] == "gradual"]["budget"]) == {"long", "short"}
     assert set(frame["encoding"]) >= {"bitmask"}
+    assert "long" in set(frame[frame["kind"] == "transfer"]["budget"])  # and still no compound:
+    assert set(frames.compounds(frame)["kind"]) == {"gradual", "int8"}
+    assert set(frames.compounds(frame)["budget"]) == {"long"}
     layers = frames.layer_frame(records)
     means = layers[layers["layers"] == 4].groupby(["method", "budget"])["sparsity"].count()
     assert (means == 24).all()
     speed = speed_frame(timed)
-    assert set(speed["engine"]) == {"pytorch-fp32", "pytorch-csr-fp32"} and speed["over fp32"].notna().all()
+    here = {name for name in ("pytorch-fp32", "pytorch-csr-fp32", "deepsparse-fp32") if not unavailable_reason(name)}
+    assert set(speed["engine"]) == here and speed["over fp32"].notna().all()
     whole = speed[(speed["engine"] == "pytorch-fp32") & (speed["layers"] == 4)].iloc[0]
     best = speed[(speed["layers"] == 4) & (speed["sparsity"] == 0)].groupby("engine")["ms"].median().min()
     assert whole["over best dense"] == pytest.approx(best / whole["anchored ms"])

@@ -131,6 +131,14 @@ def full_depth(quality: pd.DataFrame, budget: str) -> pd.DataFrame:
     return quality[(quality["kind"] == "gradual") & (quality["budget"] == budget) & deep]
 
 
+def compounds(quality: pd.DataFrame) -> pd.DataFrame:
+    """Of ``obert_frame`` the models that a compound may be made of: pruned gradually, the long way, INT8 or not.
+
+    Models that were pruned as language models (*transfer*) are none of them, whatever their schedule was.
+    """
+    return quality[quality["kind"].isin(["gradual", "int8"]) & (quality["budget"] == "long")]
+
+
 def layer_frame(records: Iterable[Record]) -> pd.DataFrame:
     """Sparsity (percent) of every matrix of every gradually pruned model: task, method, target, layer, part.
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from lib.analysis.obert import full_depth, published_frame
+from lib.analysis.obert import compounds, full_depth, published_frame
 from lib.claims import NOT_CLAIMED, NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, leads, retains, seeds_of, verdict
 from lib.figures import METHODS
 from lib.models import ARCHITECTURES, published_parameters
@@ -89,12 +89,11 @@ def _compound_quality(quality: pd.DataFrame, which: str) -> dict[str, str]:
     claim = f"{chosen.claim}: what is kept"
     if len(quality):
         total = quality["layers"].max()
-        ours = quality[
-            (quality["kind"].isin(["gradual", "int8"])) & (quality["budget"] == "long")
-            & (quality["bits"] == chosen.bits)
-            & np.isclose(quality["target"], chosen.sparsity)
-            & np.isclose(quality["layers"] / total, chosen.layers / 12)
-            & (quality["method"] == ("obert-block4" if chosen.bits == 8 else "obert"))
+        made = compounds(quality)
+        ours = made[
+            (made["bits"] == chosen.bits) & np.isclose(made["target"], chosen.sparsity)
+            & np.isclose(made["layers"] / total, chosen.layers / 12)
+            & (made["method"] == ("obert-block4" if chosen.bits == 8 else "obert"))
         ].dropna(subset=["retained"])  # fmt: skip
         if len(ours):
             kept = f"{ours['layers'].iloc[0]} of {total} layers, {', '.join(ours['title'].unique())}"

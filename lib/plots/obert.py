@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import figures
-from lib.analysis.obert import crossover, full_depth, published_frame
+from lib.analysis.obert import compounds, crossover, full_depth, published_frame
 from lib.config import StudyError
 from lib.published import published
 
@@ -241,8 +241,7 @@ def frontier_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     Raises:
         StudyError: no pruned run.
     """
-    chosen = quality["kind"].isin(["gradual", "int8"]) & (quality["budget"] == "long") & quality["smaller"].notna()
-    rows = quality[chosen].dropna(subset=["retained"])
+    rows = compounds(quality).dropna(subset=["smaller", "retained"])
     if rows.empty:
         raise StudyError("oBERT: no pruned run is finished yet; raise budget_minutes, or run the plan to the end")
     fig, ax = figures.new_figure("page")
