@@ -81,11 +81,10 @@ def frontier(profile: Profile) -> list[Spec]:
     on those that one would take.
     """
     plan: list[Spec] = []
-    longer = {recipe_name(*compound) for compound in profile.frontier.distilled_longer}
+    first = {recipe_name(0, *UNTOUCHED), *(recipe_name(*compound) for compound in profile.frontier.distilled_longer)}
     for seed in recipe_seeds(profile):
         made = recipes(profile, seed)
-        for name in sorted(made, key=lambda name: (name != recipe_name(0, *UNTOUCHED), name not in longer)):
-            recipe = made[name]
+        for recipe in [made[name] for name in sorted(made, key=lambda name: name not in first)]:
             plan += [*recipe.informed_by, *([recipe.start] if recipe.start else []), recipe]
             plan += [_quality(profile, recipe, engine) for engine in profile.frontier.engines]
     return plan
