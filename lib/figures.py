@@ -206,6 +206,18 @@ def series_style(number: int) -> dict[str, Any]:
     return {"color": SERIES[number % len(SERIES)], "linestyle": ("-", DASHES, ":")[number // len(SERIES) % 3]}
 
 
+def error_bars(rows: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> np.ndarray:
+    """Lengths of the bars below and above ``value``, as ``Axes.errorbar`` takes them.
+
+    Args:
+        rows: with the columns ``value``, ``low`` and ``high``, in the same units; NaN ends where there is no interval.
+
+    Returns:
+        Array of shape (2, rows); NaN, which draws no bar, where an end is unknown.
+    """
+    return np.abs(rows[[low, high]].to_numpy(dtype=float).T - rows[value].to_numpy(dtype=float))
+
+
 def band_plot(
     ax: Axes,
     frame: pd.DataFrame,
@@ -236,9 +248,8 @@ def band_plot(
     # where no neighbour has an interval the band has no width: an error bar instead
     alone = drawn[known & ~known.shift(1, fill_value=False) & ~known.shift(-1, fill_value=False)]
     if len(alone):
-        errors = np.abs(alone[["low", "high"]].to_numpy().T - alone[y].to_numpy())
         bars = {"color": style["color"], "capsize": 2, "linewidth": 0.9, "linestyle": "", "zorder": 2}
-        ax.errorbar(at[alone.index], alone[y], errors, **bars)
+        ax.errorbar(at[alone.index], alone[y], error_bars(alone, y), **bars)
     drawn.insert(0, "method", method)
     drawn.insert(1, "published", published)
     return drawn
@@ -251,9 +262,8 @@ def speed_line(ax: Axes, at: Sequence[float] | pd.Series, rows: pd.DataFrame, en
         rows: of ``analysis.latency_frame``, one engine, in the order of ``at``.
         shift: in units of x, moves what is drawn aside so that the bars of several engines can be told apart.
     """
-    medians = rows["ratio_to_dense"].to_numpy()
-    bars = np.abs(rows[["ratio_q1", "ratio_q3"]].to_numpy().T - medians)
-    ax.errorbar(np.asarray(at, dtype=float) + shift, medians, bars, capsize=1.5, elinewidth=0.7, **style_of(engine))
+    where, bars = np.asarray(at, dtype=float) + shift, error_bars(rows, "ratio_to_dense", "ratio_q1", "ratio_q3")
+    ax.errorbar(where, rows["ratio_to_dense"], bars, capsize=1.5, elinewidth=0.7, **style_of(engine))
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.analysis import one_label_scores
+from lib.analysis import is_dense, one_label_scores
 from lib.data import TASKS
 from lib.intervals import bootstrap_interval
 from lib.records import Record, read_record
 from lib.settings import Profile
 from lib.sparse_storage import smallest
-from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
+from lib.specs import EngineQualitySpec, Spec, TrainSpec, spec_hash
 
 # compressor: (name of the family, its style in lib.figures.METHODS)
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -68,7 +68,7 @@ def is_rival(spec: TrainSpec) -> bool:
     return single or settings.get("importance") == "magnitude" or (name == "obert" and not settings["sparsity"])
 
 
-def configuration(spec: TrainSpec) -> str:
+def configuration(spec: Spec) -> str:
     """The run's spec without any seed, hashed: equal for runs that differ in seeds alone."""
 
     def seedless(value: Any) -> Any:
@@ -80,20 +80,20 @@ def configuration(spec: TrainSpec) -> str:
 
 
 def training_cost(record: Record, by_hash: Mapping[str, Record]) -> float:
-    """Core-seconds of training of a run and of every run that it starts from, learns from or is informed by.
+    """Core-seconds of training of a run and of every run that it starts from, learns from or is informed by, each once.
 
     Core-seconds are seconds times the CPU threads that computed, and plain seconds on a GPU. NaN when the record of one
     of those runs is missing.
     """
-    spec = record.spec
-    own = _core_seconds(record)
-    needed: dict[str, Any] = {}
-    for other in [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]:
-        if other is not None:
-            needed[spec_hash(other)] = other
-    for key in needed:
-        own += training_cost(by_hash[key], by_hash) if key in by_hash else np.nan
-    return own
+    seconds, waiting = {record.hash: _core_seconds(record)}, [record.spec]
+    while waiting:
+        spec = waiting.pop()
+        for other in [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]:
+            key = spec_hash(other) if other is not None else record.hash
+            if key not in seconds:
+                seconds[key] = _core_seconds(by_hash[key]) if key in by_hash else np.nan
+                waiting.append(other)
+    return sum(seconds.values())
 
 
 def _core_seconds(record: Record) -> float:
@@ -115,7 +115,7 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
     by_hash = {record.hash: record for record in records}
     floors = one_label_scores(records)
     runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
-    dense = {(s.task, s.seed): record for s, record in runs if s.compressor is None and s.start is None}
+    dense = {(s.task, s.seed): record for s, record in runs if is_dense(s)}
     rows = []
     for record in records:
         engine = record.spec.engine if isinstance(record.spec, EngineQualitySpec) else ""
@@ -128,7 +128,7 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
             continue
         name, style = _on_engine(spec) if engine else family(spec)
         rows.append({
-            "hash": record.hash, "configuration": configuration(spec) + engine, "task": spec.task,
+            "hash": record.hash, "configuration": configuration(record.spec), "task": spec.task,
             "title": TASKS[spec.task].title, "seed": spec.seed, "family": name, "style": style,
             "score": record["score"], "retained": share(record["score"], base["score"]),
             "weights kept (%)": 100 * _weights(made) / base["model"]["layer_parameters"],

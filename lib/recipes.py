@@ -14,18 +14,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lib.claims import ENOUGH_SEEDS
 from lib.config import StudyError
 from lib.experiments import finished_model, weights_folder
+from lib.figures import counted
 from lib.files import write_atomically
 from lib.frontier import share
 from lib.intervals import bootstrap_interval
-from lib.plans.frontier import recipe_seeds, recipes
+from lib.plans.frontier import DENSE, recipe_seeds, recipes
 from lib.records import Record
 from lib.settings import Profile
-from lib.specs import EngineQualitySpec, spec_hash
+from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
 
 # Columns of a recipe's latency, and what a record of one calls them.
 TIMED = {"speed": "ratio_to_dense", "speed q1": "ratio_q1", "speed q3": "ratio_q3", "ms": "median_ms"}
+AIMS = ((10, 98.0), (29, 92.5))  # times faster than the dense model on the reference engine, percent of the score kept
+NOTHING = "nothing measured here is within it"
 
 
 def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) -> pd.DataFrame:
@@ -36,30 +40,50 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
         timed: of ``plans.recipe_latency``.
 
     ``retained`` refers to the dense model in PyTorch; ``speed`` is the median over rounds of the dense model's latency
-    on the reference engine over the recipe's, ``speed q1`` and ``speed q3`` their quartiles.
+    on the reference engine over the recipe's, ``speed q1`` and ``speed q3`` their quartiles; recipes of one shape share
+    them (``timing``). A reference engine that is PyTorch in fp32 has rows as well: training measured its score.
     """
-    latency = {(row["model"], row["engine"]): row for record in timed for row in record["rows"]}
-    done = {record.hash: record for record in records}
+    latency, done = timing(timed), {record.hash: record for record in records}
     scored = {}
     for record in done.values():
-        spec = record.spec
-        if isinstance(spec, EngineQualitySpec):
-            scored[spec_hash(spec.start), spec.engine] = record
+        if isinstance(record.spec, EngineQualitySpec):
+            scored[spec_hash(record.spec.start), record.spec.engine] = record["score"], record["size_bytes"]
+        elif isinstance(record.spec, TrainSpec):
+            scored[record.hash, "pytorch-fp32"] = record["score"], record["model"]["size_bytes"]
+    engines = dict.fromkeys((study.frontier.reference, *study.frontier.engines))
     rows = []
     for seed in recipe_seeds(study):
         made = recipes(study, seed)
-        dense = done.get(spec_hash(made["dense"])) if "dense" in made else None
-        for name, engine in itertools.product(made, study.frontier.engines):
-            found = scored.get((spec_hash(made[name]), engine))
-            if found is None or dense is None:
+        dense = done.get(spec_hash(made[DENSE]))
+        for name, engine in itertools.product(made, engines):
+            if dense is None or (spec_hash(made[name]), engine) not in scored:
                 continue
-            time = latency.get((name, engine))
+            score, size = scored[spec_hash(made[name]), engine]
             rows.append({
-                "recipe": name, "engine": engine, "seed": seed, "score": found["score"],
-                "retained": share(found["score"], dense["score"]), "size (MB)": found["size_bytes"] / 1e6,
-                **{name: time[key] if time else np.nan for name, key in TIMED.items()},
+                "recipe": name, "engine": engine, "seed": seed, "score": score,
+                "retained": share(score, dense["score"]), "size (MB)": size / 1e6,
+                **latency.get((name, engine), dict.fromkeys(TIMED, np.nan)),
             })  # fmt: skip
     return pd.DataFrame(rows, columns=["recipe", "engine", "seed", "score", "retained", "size (MB)", *TIMED])
+
+
+def timing(timed: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
+    """The columns of ``TIMED`` for every (recipe, engine) of records of ``plans.recipe_latency``.
+
+    Recipes of one shape were timed as models of their own. They are builds of the same model: all of them get the means
+    of the medians, and the outermost quartiles.
+    """
+    found = {}
+    for record in timed:
+        shapes = record.spec.models  # type: ignore[union-attr]
+        for row in record["rows"]:
+            same = [other for other in record["rows"] if other["engine"] == row["engine"]
+                    and shapes[other["model"]] == shapes[row["model"]]]  # fmt: skip
+            ends = {"speed q1": min, "speed q3": max}
+            found[row["model"], row["engine"]] = {
+                name: float(ends.get(name, np.mean)([other[key] for other in same])) for name, key in TIMED.items()
+            }
+    return found
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
@@ -73,6 +97,39 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def aims(means: pd.DataFrame, waiting: int) -> pd.DataFrame:
+    """One row per aim of ``AIMS``: whether a recipe reaches it, and the fastest one that keeps what it asks for.
+
+    Args:
+        means: of ``over_seeds``, the timed rows.
+        waiting: recipes that are not measured yet.
+    """
+    rows = []
+    for speed, kept in AIMS:
+        fast, good = means[means["speed"] >= speed], means[means["retained"] >= kept].sort_values("speed")
+        quickest = good.iloc[-1] if len(good) else None
+        rows.append({
+            "aim": f"{speed} × faster, at most {100 - kept:.1f} % lost", "outcome": _outcome(quickest, speed, waiting),
+            "best at that speed (%)": fast["retained"].max(), "fastest within the loss": "none",
+        })  # fmt: skip
+        if quickest is not None:
+            names = {"speed": "speed ×", "speed q1": "lower quartile ×", "retained": "retained (%)", "n": "n"}
+            rows[-1] |= {"fastest within the loss": f"{quickest['recipe']}, on {quickest['engine']}"}
+            rows[-1] |= {new: quickest[name] for name, new in names.items()}
+    columns = ["aim", "outcome", "best at that speed (%)", "fastest within the loss", "speed ×", "lower quartile ×",
+               "retained (%)", "n"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _outcome(quickest: pd.Series | None, speed: float, waiting: int) -> str:
+    """Whether the fastest recipe within an aim's loss reaches its speed, and what that rests on."""
+    if quickest is None or quickest["speed"] < speed:
+        return f"not reached yet, {counted(waiting, 'recipe')} not measured" if waiting else "missed"
+    if quickest["speed q1"] < speed:
+        return "reached by the median over rounds, not by the lower quartile"
+    return "reached" if quickest["n"] >= ENOUGH_SEEDS else f"reached on {counted(int(quickest['n']), 'seed')} alone"
+
+
 def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
     """For every loss (percent of the dense score) that one accepts: the fastest recipe, on any engine and on each.
 
@@ -81,19 +138,19 @@ def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
     model's on its fastest.
     """
     bounds = [("loss accepted (%)", f"{loss:.1f}", means["retained"] >= 100 - loss) for loss in sorted(losses)]
-    return _choices(means, bounds, "speed")
+    return _choices(means, bounds, ["speed", "retained"])
 
 
 def within_latency(means: pd.DataFrame, latencies: Sequence[float]) -> pd.DataFrame:
     """For every latency (ms) that one may spend: the recipe that keeps most, on any engine and on each."""
-    bounds = [("at most (ms)", f"{latency:g}", means["ms"] <= latency) for latency in sorted(latencies)]
-    return _choices(means, bounds, "retained")
+    bounds = [("at most (ms)", f"{latency:.3g}", means["ms"] <= latency) for latency in sorted(latencies)]
+    return _choices(means, bounds, ["retained", "speed"])
 
 
-def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], best_by: str) -> pd.DataFrame:
+def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], best_by: list[str]) -> pd.DataFrame:
     """The row of ``means`` that is best within each bound (its name, its value in words, the rows within it)."""
     rows: list[dict[str, Any]] = []
-    dense = means[means["recipe"] == "dense"].set_index("engine")["ms"]
+    dense = means[means["recipe"] == DENSE].set_index("engine")["ms"]
     for engine in ["any", *dict.fromkeys(means["engine"])]:
         there = means[means["speed"].notna() & ((means["engine"] == engine) | (engine == "any"))]
         accepted: dict[int | None, list[str]] = {}
@@ -101,20 +158,24 @@ def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], 
             good = there[within.reindex(there.index)].sort_values(best_by, kind="stable")
             accepted.setdefault(None if good.empty else int(good.index[-1]), []).append(value)
         for best, values in accepted.items():
-            about = {bounds[0][0]: " to ".join(dict.fromkeys((values[0], values[-1])))}
+            about = {"engine": engine, bounds[0][0]: " to ".join(dict.fromkeys((values[0], values[-1])))}
             if best is None:
-                rows.append({"engine": engine, **about, "take": "nothing measured here is within it"})
+                rows.append({**about, "take": NOTHING})
                 continue
             row = there.loc[best]
             rows.append({
-                "engine": f"any: {row['engine']}" if engine == "any" else engine, **about, "take": row["recipe"],
+                **about, "take": row["recipe"] + (f", on {row['engine']}" if engine == "any" else ""),
                 "speed ×": row["speed"],
                 "× dense there": (dense.min() if engine == "any" else dense.get(engine, np.nan)) / row["ms"],
-                "ms": row["ms"], "retained (%)": row["retained"], "size (MB)": row["size (MB)"], "n": row["n"],
+                "ms": row["ms"], "retained (%)": row["retained"], "n": row["n"],
             })  # fmt: skip
-    columns = ["engine", bounds[0][0] if bounds else "", "take", "speed ×", "× dense there", "ms", "retained (%)",
-               "size (MB)", "n"]  # fmt: skip
+    columns = ["engine", bounds[0][0] if bounds else "", "take", "speed ×", "× dense there", "ms", "retained (%)", "n"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def taken(table: pd.DataFrame) -> list[str]:
+    """The recipes that a table of ``decisions`` or ``within_latency`` names, each once."""
+    return [name for name in dict.fromkeys(table["take"].str.split(", on ").str[0]) if name != NOTHING]
 
 
 def export(study: Profile, recipe: str, about: Mapping[str, Any], train: bool = False) -> Path | None:

@@ -254,6 +254,19 @@ def test_no_difference_needs_an_interval_that_has_no_room_for_one(procedure, by,
     assert alone["verdict"] == "too few seeds to tell (n = 1)" and alone["ours"].endswith("a single pair")
 
 
+@pytest.mark.parametrize(
+    ("by", "word"),
+    [((-9.0, -9.4, -8.6), "does not hold here"), ((-20.0, 3.0, -9.0), "cannot tell: the interval holds zero"),
+     ((-1.0, -1.2, -0.8), "holds"), ((-9.0,), "too few seeds to tell (n = 1)")],
+)  # fmt: skip
+def test_another_strategy_is_better_where_the_interval_over_pairs_says_so(by, word):
+    glue = pd.DataFrame([
+        {"k": 3, "task": "cola", "title": "CoLA", "seed": seed, "strategy": name, "retained": kept, "informative": True}
+        for seed, gap in enumerate(by) for name, kept in (("bottom", 80.0), ("top", 80.0 + gap))
+    ])  # fmt: skip
+    assert claims_of._top_is_best(glue, 6)["verdict"] == word
+
+
 def test_a_range_over_tasks_is_not_written_as_an_interval():
     frame = quality({("before", (4, 5, 6)): 79.0})
     frame.loc[(frame["task"] == "cola") & (frame["procedure"] == "before"), "retained"] = 40.0
@@ -320,6 +333,43 @@ def test_seeds_are_counted_on_one_task_and_only_where_a_share_is_known():
 def test_only_quality_needs_seeds(check, holds, seeds, word):
     row = claims.verdict("c", check, "p", "o", holds, "e", seeds=seeds)
     assert row["verdict"] == word and (row["ours"], row["evidence"]) == ("o", "e")
+
+
+@pytest.mark.parametrize(
+    ("gains", "word", "few"),
+    [
+        ({"rte": [2.0, 2.2, 1.8], "cola": [9.0, 9.1]}, "holds", ""),
+        ({"rte": [2.0, 2.2, 1.8], "cola": [80.0]}, "holds", "CoLA"),
+        ({"rte": [2.0, 2.2, 1.8], "cola": [-9.0, -9.1]}, "holds in part", ""),
+        ({"rte": [-2.0, -2.2, -1.8], "cola": [-9.0, 9.0]}, "does not hold here", ""),
+        ({"rte": [-2.0, 2.2, 1.8], "cola": [80.0]}, "cannot tell: the interval holds zero", "CoLA"),
+        ({"rte": [2.0], "cola": [80.0]}, "too few seeds to tell (n = 1)", ""),
+    ],
+)
+def test_a_lead_is_judged_on_every_task_for_itself(gains, word, few):
+    """Two unlike tasks in one interval would leave +2 and +80 undecided."""
+    pairs = pd.DataFrame([
+        {"task": task, "seed": seed, "gain": gain} for task, part in gains.items() for seed, gain in enumerate(part)
+    ])  # fmt: skip
+    row = claims.leads("a claim", "+1", pairs, "pairs")
+    assert row["verdict"] == word and " on RTE; " in row["ours"]
+    assert row["evidence"] == "pairs" + (f"; too few seeds to judge {few}" if few else "")
+
+
+def test_pairs_of_one_seed_count_once():
+    """Two sparsities of one seed are no two seeds: the interval is that over three means, not over six pairs."""
+    one = pd.DataFrame({"task": "rte", "seed": [0, 1, 2], "gain": [1.0, 2.0, 3.0]})
+    twice = pd.concat([one.assign(gain=one["gain"] - 1), one.assign(gain=one["gain"] + 1)])
+    assert claims.leads("c", "p", twice, "e") == claims.leads("c", "p", one, "e")
+
+
+@pytest.mark.parametrize(("other", "word"), [(95.0, "holds"), (66.0, "holds in part")])
+def test_what_is_kept_is_judged_on_every_task_and_one_seed_alone_decides_nothing(other, word):
+    rows = pd.DataFrame({"task": ["rte", "rte", "cola"], "title": ["RTE", "RTE", "CoLA"], "seed": [0, 1, 0],
+                         "retained": [96.0, 98.0, other]})  # fmt: skip
+    row = claims.retains("a claim", 96.0, rows, "shares")
+    assert row["verdict"] == word and row["ours"] == f"97.0 % on RTE (n = 2); {other:.1f} % on CoLA (n = 1)"
+    assert claims.retains("a claim", 96.0, rows[rows["seed"] == 0], "shares")["verdict"].startswith("too few seeds")
 
 
 def test_orders_that_share_no_run_are_not_run_yet():

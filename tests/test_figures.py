@@ -211,6 +211,15 @@ def test_a_figure_without_rows_or_caption_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_error_bars_are_lengths_below_and_above_and_nothing_where_no_interval_is():
+    rows = pd.DataFrame({"retained": [90.0, 80.0], "low": [88.5, np.nan], "high": [91.0, np.nan]})
+    np.testing.assert_allclose(figures.error_bars(rows, "retained"), [[1.5, np.nan], [1.0, np.nan]])
+    _, ax = figures.new_figure("column")
+    drawn = ax.errorbar([0, 1], rows["retained"], figures.error_bars(rows, "retained"))
+    ends = [segment for segment in drawn.lines[2][0].get_segments() if len(segment)]
+    np.testing.assert_allclose(ends, [[[0, 88.5], [0, 91.0]]])
+
+
 def test_unwritable_folder_is_a_study_error_and_leaves_nothing(tmp_path):
     fig, _ = figures.new_figure()
     (tmp_path / "figures").write_text("a file", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Notebook 08's arithmetic by hand, and a small series of compounds from training to an exported folder."""
 
+import itertools
 import json
 import shutil
 
@@ -39,13 +40,16 @@ def test_decisions_take_the_fastest_within_the_loss():
     table = recipes.decisions(MEANS, [2.0, 5.0, 0.5, 7.5])
     taken = {(row["engine"], row["loss accepted (%)"]): row["take"] for row in table.to_dict("records")}
     assert taken == {
-        ("any: a", "0.5"): "dense", ("any: b", "2.0"): "small", ("any: a", "5.0 to 7.5"): "small",
+        ("any", "0.5"): "dense, on a", ("any", "2.0"): "small, on b", ("any", "5.0 to 7.5"): "small, on a",
         ("a", "0.5 to 2.0"): "dense", ("a", "5.0 to 7.5"): "small",
-        ("b", "0.5"): "nothing measured here is within it", ("b", "2.0 to 7.5"): "small",
+        ("b", "0.5"): recipes.NOTHING, ("b", "2.0 to 7.5"): "small",
     }  # fmt: skip
     there = table.set_index(["engine", "take"])["× dense there"]
-    assert there[("a", "small")] == 2 and there[("any: a", "small")] == 2 and there[("any: a", "dense")] == 1
+    assert there[("a", "small")] == 2 and there[("any", "small, on a")] == 2 and there[("any", "dense, on a")] == 1
     assert np.isnan(there[("b", "small")]), "the dense model was not timed on b"
+    assert recipes.taken(table) == ["dense", "small"]
+    twin = pd.concat([MEANS, MEANS.iloc[[1]].assign(recipe="twin", retained=98)], ignore_index=True)
+    assert recipes.decisions(twin, [5.0])["take"].tolist()[0] == "twin, on a", "as fast, and better"
     untimed = recipes.decisions(MEANS.assign(speed=np.nan), [2.0])
     assert untimed.columns.tolist() == table.columns.tolist() and untimed["ms"].isna().all()
 
@@ -54,10 +58,32 @@ def test_what_keeps_most_within_a_latency():
     table = recipes.within_latency(MEANS, [4.0, 0.5, 2.0, 3.0])
     taken = {(row["engine"], row["at most (ms)"]): row["take"] for row in table.to_dict("records")}
     assert taken == {
-        ("any", "0.5"): "nothing measured here is within it", ("any: a", "2"): "small", ("any: b", "3"): "small",
-        ("any: a", "4"): "dense", ("a", "0.5"): "nothing measured here is within it", ("a", "2 to 3"): "small",
-        ("a", "4"): "dense", ("b", "0.5 to 2"): "nothing measured here is within it", ("b", "3 to 4"): "small",
+        ("any", "0.5"): recipes.NOTHING, ("any", "2"): "small, on a", ("any", "3"): "small, on b",
+        ("any", "4"): "dense, on a", ("a", "0.5"): recipes.NOTHING, ("a", "2 to 3"): "small", ("a", "4"): "dense",
+        ("b", "0.5 to 2"): recipes.NOTHING, ("b", "3 to 4"): "small",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "waiting", "outcome"),
+    [
+        ({}, 0, "reached"),
+        ({"n": 1}, 0, "reached on 1 seed alone"),
+        ({"speed q1": 9.9}, 0, "reached by the median over rounds, not by the lower quartile"),
+        ({"retained": 97.9}, 0, "missed"),
+        ({"retained": 97.9}, 2, "not reached yet, 2 recipes not measured"),
+    ],
+)
+def test_an_aim_is_reached_by_what_keeps_enough_and_says_what_that_rests_on(changes, waiting, outcome):
+    fast = {"recipe": "fast", "engine": "a", "retained": 98.5, "speed": 12.0, "speed q1": 11.0, "n": 2} | changes
+    slow = {"recipe": "slow", "engine": "b", "retained": 99.0, "speed": 4.0, "speed q1": 3.9, "n": 2}
+    first, second = recipes.aims(pd.DataFrame([fast, slow]), waiting).to_dict("records")
+    assert first["aim"].startswith("10 ×") and first["outcome"] == outcome
+    kept = fast["retained"] >= 98
+    assert first["fastest within the loss"] == ("fast, on a" if kept else "slow, on b")
+    assert first["best at that speed (%)"] == fast["retained"]
+    assert second["outcome"] == (outcome if waiting else "missed") and second["fastest within the loss"] == "fast, on a"
+    assert np.isnan(second["best at that speed (%)"]), "nothing is 29 times faster"
 
 
 def test_names_of_recipes():
@@ -74,7 +100,7 @@ def test_a_longer_distillation_changes_its_own_epochs_alone(series):
     assert (longer.training.epochs, plain.training.epochs) == (2, study.structured_pruning.retrain_epochs)
     assert longer.start == plain.start and longer.distillation == plain.distillation
     steps = {record.hash: record["training"]["steps"] for record in records if "training" in record.result}
-    assert steps[frontier.spec_hash(longer)] == 2 * steps[frontier.spec_hash(plain)]
+    assert steps[spec_hash(longer)] == 2 * steps[spec_hash(plain)]
     changes = {"distilled_longer": ((2, 1.0, 1.0, 2.0),)}
     with pytest.raises(StudyError, match=r"distilled_longer: .* cuts nothing"):
         plans.recipes(study.model_copy(update={"frontier": study.frontier.model_copy(update=changes)}), 0)
@@ -124,8 +150,10 @@ def test_compounds_are_trained_measured_and_timed(series):
     names = list(plans.recipes(study, 0))
     assert len(names) == 7 and names[0] == "dense" and names[4:] == [LONGER, HYBRID, f"{FACTORS}kron8"]
     rows = recipes.by_seed(study, records, timed)
-    assert rows["recipe"].tolist() == names and (rows["speed"] > 0).all() and (rows["size (MB)"] > 0).all()
-    dense = next(record for record in records if record.hash == frontier.spec_hash(dense_spec(study, "world_qa", 0)))
+    engines = list(dict.fromkeys([study.frontier.reference, *study.frontier.engines]))
+    assert rows[["recipe", "engine"]].apply(tuple, axis=1).tolist() == list(itertools.product(names, engines))
+    assert (rows["speed"] > 0).all() and (rows["size (MB)"] > 0).all()
+    dense = next(record for record in records if record.hash == spec_hash(dense_spec(study, "world_qa", 0)))
     kept = 100 * rows["score"] / dense["score"]
     np.testing.assert_allclose(rows["retained"], kept)
     assert {row["dense"] for record in timed for row in record["rows"]} == {"dense/pytorch-fp32"}
@@ -140,7 +168,7 @@ def test_timed_shapes_are_the_trained_ones(series):
     for name, spec in plans.recipes(study, 0).items():
         if name.startswith(FACTORS):
             continue
-        record = done[frontier.spec_hash(spec)]
+        record = done[spec_hash(spec)]
         model = latency_model(record, "tiny")
         assert [list(shape) for shape in model.shapes] == record["model"]["shapes"], name
         assert len(model.drop) == 4 - record["model"]["layers"], name
@@ -167,12 +195,63 @@ def test_overview_counts_families_and_the_cost_of_the_whole_chain(series):
     training = {record.hash: record.result.get("training", {"seconds": 0, "threads": 1}) for record in records}
     seconds = {hash_: about["seconds"] * about["threads"] for hash_, about in training.items()}
     dropped = frame[frame["family"] == "Poor Man's BERT"].iloc[0]
-    dense = seconds[frontier.spec_hash(dense_spec(study, "world_qa", 0))]
+    dense = seconds[spec_hash(dense_spec(study, "world_qa", 0))]
     assert dropped["cost (core-min)"] == pytest.approx((seconds[dropped["hash"]] + dense) / 60)
     thinned = frame[frame["family"] != "Block movement"]  # whose few steps here prune nothing yet
     assert (thinned["weights kept (%)"] < 100).all() and (frame["weights kept (%)"] <= 100).all()
     points = frontier.by_configuration(frame)
     assert len(points) == len(frame) and (points["n"] == 1).all()
+
+
+def test_shares_refer_to_the_dense_model_without_a_teacher_whatever_the_order(series):
+    """A dense model distilled from a dense one is a rival of a paper, not what shares refer to."""
+    study, records, _ = series
+    dense = dense_spec(study, "world_qa", 0)
+    taught = dense.model_copy(update={"teacher": dense})
+    base = next(record for record in records if record.hash == spec_hash(dense))
+    result = {**base.result, "score": 2 * base["score"] + 1}
+    other = base.model_copy(update={"hash": spec_hash(taught), "spec": taught, "result": result})
+    pruned = next(record for record in records if record.hash == spec_hash(plans.recipes(study, 0)["2 layers dropped"]))
+    for order in ([base, other, pruned], [other, base, pruned], [pruned, base, other]):
+        (row,) = frontier.overview(order).to_dict("records")
+        assert row["retained"] == pytest.approx(frontier.share(pruned["score"], base["score"]), nan_ok=True)
+
+
+def test_every_run_of_a_chain_costs_once(series):
+    """The gates of a cut model start from the same model with layers dropped, and learn from the same dense one."""
+    study, records, _ = series
+    by_hash = {record.hash: record for record in records}
+    recipe = plans.recipes(study, 0)["2 layers dropped; 50 % heads, 50 % units cut"]
+    chain, waiting = set(), [recipe]
+    while waiting:
+        spec = waiting.pop()
+        chain.add(spec_hash(spec))
+        waiting += [other for other in (spec.start, spec.teacher, *spec.informed_by) if other is not None]
+    assert len(chain) == 5, "dense, layers dropped, gates on heads and on units, and the recipe itself"
+    by_hand = sum(by_hash[key]["training"]["seconds"] * by_hash[key]["training"]["threads"] for key in chain)
+    assert frontier.training_cost(by_hash[spec_hash(recipe)], by_hash) == pytest.approx(by_hand)
+    without = {key: record for key, record in by_hash.items() if key != spec_hash(recipe.informed_by[0])}
+    assert np.isnan(frontier.training_cost(by_hash[spec_hash(recipe)], without))
+
+
+def test_recipes_of_one_shape_share_their_times(series):
+    *_, (record,) = series
+    first, other = "dense", "3 layers dropped"
+    spec = record.spec.model_copy(update={"models": {**record.spec.models, other: record.spec.models[first]}})
+    rows = [row for row in record["rows"] if row["model"] != other]
+    dense = next(row for row in rows if row["model"] == first and row["engine"] == "pytorch-fp32")
+    slower = {"median_ms": dense["median_ms"] + 2, "ratio_to_dense": 0.5, "ratio_q1": 0.4, "ratio_q3": 0.6}
+    twin = record.model_copy(update={"spec": spec, "result": {"rows": [*rows, {**dense, **slower, "model": other}]}})
+    found = recipes.timing([twin])
+    assert found[first, "pytorch-fp32"] == found[other, "pytorch-fp32"]
+    assert found[first, "pytorch-fp32"]["ms"] == pytest.approx(dense["median_ms"] + 1)
+    assert (found[first, "pytorch-fp32"]["speed q1"], found[first, "pytorch-fp32"]["speed q3"]) == (0.4, 1.0)
+
+
+def test_a_grid_that_always_drops_layers_still_has_the_dense_model(series):
+    study, *_ = series
+    only = study.frontier.model_copy(update={"layers_dropped": (1, 2)})
+    assert next(iter(plans.recipes(study.model_copy(update={"frontier": only}), 0))) == "dense"
 
 
 def test_what_continues_a_method_belongs_to_it_and_two_methods_are_a_compound(series):
@@ -210,24 +289,28 @@ def test_a_model_that_an_engine_made_int8_of_is_a_compound_of_that_size(series):
     study, *_ = series
     everything = frontier.all_records(study)
     frame = frontier.overview(everything).set_index("hash")
-    done = {frontier.spec_hash(spec): spec for spec in plans.recipes(study, 0).values()}
-    made = [r for r in everything if isinstance(r.spec, EngineQualitySpec) and frontier.spec_hash(r.spec.start) in done]
+    done = {spec_hash(spec): spec for spec in plans.recipes(study, 0).values()}
+    made = [r for r in everything if isinstance(r.spec, EngineQualitySpec) and spec_hash(r.spec.start) in done]
     assert len(made) == len(done)
     for record in made:
         row, start = frame.loc[record.hash], record.spec.start
         assert row["family"] == ("Compound" if start.compressor else "INT8 by an engine")
         assert row["size (MB)"] == record["size_bytes"] / 1e6 and row["score"] == record["score"]
         if start.compressor:
-            same = frame.loc[frontier.spec_hash(start)]
+            same = frame.loc[spec_hash(start)]
             assert row["weights kept (%)"] == same["weights kept (%)"] and row["configuration"] != same["configuration"]
 
 
 def test_configuration_forgets_seeds_and_nothing_else(series):
-    study, _, _ = series
+    study, records, _ = series
     first, second = (list(plans.recipes(study, seed).values()) for seed in (0, 1))
     for one, other in zip(first, second, strict=True):
         assert frontier.configuration(one) == frontier.configuration(other)
     assert len({frontier.configuration(spec) for spec in first}) == len(first)
+    run = next(record.spec for record in records if isinstance(record.spec, EngineQualitySpec))
+    again, more = run.model_copy(update={"start": second[0]}), run.model_copy(update={"calibration": 512})
+    first_run = run.model_copy(update={"start": first[0]})
+    assert frontier.configuration(first_run) == frontier.configuration(again) != frontier.configuration(more)
 
 
 def test_quality_on_an_engine_is_that_of_the_model(series):

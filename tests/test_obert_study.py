@@ -27,8 +27,10 @@ from lib.fisher import BlockFisher
 from lib.labels import label
 from lib.models import published_parameters
 from lib.plans.obert import (
+    HEADLINE,
     RANKINGS,
     SOFT,
+    SOFTER,
     fewer_layers,
     headline_compounds,
     language_model,
@@ -83,7 +85,7 @@ def test_other_tasks_get_every_ranking_over_epochs_of_their_own(profile_file):
 
 
 def test_headline_compounds_are_as_deep_as_the_encoder_allows(profile_file):
-    """Four layers have a half and a quarter; of the three compounds, the profile's sparsities choose."""
+    """Four layers have a half and a quarter; of the four compounds, the profile's sparsities choose."""
     study = load_profile(profile_file(**{"obert.compound_sparsities": [0.8, 0.9]}))
     shapes = []
     for spec in headline_compounds(study, "world_sentiment", 1):
@@ -92,7 +94,13 @@ def test_headline_compounds_are_as_deep_as_the_encoder_allows(profile_file):
     assert shapes == [
         ("gradual", 4, 0.8, "obert-block4"), ("int8", 4, None, "obert-block4"), ("gradual", 2, 0.9, "obert"),
         ("gradual", 1, 0.8, "obert-block4"), ("int8", 4, None, "obert-block4"),
+        ("gradual", 2, 0.8, "obert-block4"), ("int8", 4, None, "obert-block4"),
     ]  # fmt: skip
+    plan = plans.make_plan("obert", study, None)
+    compound = [pruned(study, 0, 0.8, group=4, layers=layers) for layers in study.obert.compound_layers]
+    headline = {spec_hash(spec) for spec in headline_compounds(study, study.obert.task, 0)}
+    assert study.obert.compound_layers == (2,) and (1 / 2, 0.8, 4) in HEADLINE
+    assert {spec_hash(spec) for spec in compound} <= headline & {spec_hash(spec) for spec in plan}, "one run, not two"
     few = load_profile(profile_file("few", **{"obert.compound_sparsities": [0.6]}))
     assert headline_compounds(few, "world_sentiment", 1) == []
 
@@ -144,9 +152,19 @@ def test_models_with_fewer_layers_begin_pruning_lower(profile_file):
         fewer_layers(study, 0, 0)
 
 
+def test_the_dense_control_begins_with_the_pretrained_encoder_and_a_shallow_one_with_its_layers(study):
+    """A copy of the teacher would match it before the first step."""
+    control, sparse = pruned(study, 0, 0.0), pruned(study, 0, 0.8)
+    assert control.start is None and kind_of(control) == "control" and sparse.start == sparse.teacher
+    assert (control.teacher, control.training) == (sparse.teacher, sparse.training)
+    assert pruned(study, 0, 0.0, budget="short").start is None
+    assert pruned(study, 0, 0.0, layers=2).start == fewer_layers(study, 0, 2)
+
+
 def test_an_upstream_start_is_another_run_than_a_downstream_one(study):
     upstream, spec = language_model(study), transfer(study, "world_sentiment", 0, 0.0)
     assert isinstance(spec.start, UpstreamSpec) and spec.start == upstream
+    assert spec.distillation == language_model(study, 0.8).distillation == SOFTER
     again = parse_spec(json.loads(spec.model_dump_json()))
     assert isinstance(again.start, UpstreamSpec) and spec_hash(again) == spec_hash(spec)
     assert spec_hash(spec) != spec_hash(spec.model_copy(update={"start": spec.teacher}))
@@ -283,6 +301,10 @@ def test_frames_say_what_every_run_is(finished):
     assert set(frames.compounds(frame)["kind"]) == {"gradual", "int8"}
     assert set(frames.compounds(frame)["budget"]) == {"long"}
     layers = frames.layer_frame(records)
+    doubled, prunings = frames.float64_prunings(records)
+    assert (
+        0 <= doubled <= prunings >= sum(frame["method"].isin(["obert", "obert-block4"]) & (frame["kind"] == "gradual"))
+    )
     means = layers[layers["layers"] == 4].groupby(["method", "budget"])["sparsity"].count()
     assert (means == 24).all()
     speed = speed_frame(timed)
@@ -356,6 +378,74 @@ def test_a_rival_that_answers_the_same_to_all_is_counted_and_not_beaten():
     assert plots.constant_note(gradual(*ours, *lost), "stsb", 97.0) == ""
 
 
+def test_rankings_are_compared_with_the_longest_schedule_that_both_are_published_for():
+    def printed(rival, target):
+        return claims_of._better_than(pd.DataFrame(), rival, target)["published"]
+
+    dense = 88.54
+    assert printed("movement", 90.0) == f"{100 * (88.31 - 87.42) / dense:+.1f} points (30 epochs)"
+    assert printed("movement", 97.0) == f"{100 * (84.65 - 82.3) / dense:+.1f} points (10 epochs)"
+    assert printed("magnitude", 90.0) == "better (no number)"
+
+
+def test_curves_leave_out_models_that_answer_the_same_to_all_unless_all_do():
+    ours, lost = ("obert", 0, 98.0, False), ("movement", 0, 0.0, True)
+    for rows, methods, said in (
+        ([ours, lost], {"obert"}, " Left out, since they give one answer for all: 1 of 1 models of Movement at 90 %."),
+        ([lost], {"movement"}, " Give one answer for all: 1 of 1 models of Movement at 90 %."),
+        ([ours], {"obert"}, ""),
+    ):
+        quality = gradual(*rows).assign(score=50.0)
+        _, drawn = plots.sparsity_figure(quality)
+        assert set(drawn[drawn["published"].eq(False)]["method"]) == methods
+        assert plots.constant_sentence(drawn, quality, "stsb") == said
+    sentence = claims_of.movement_sentence(gradual(ours, lost, ("movement", 1, 5.0, False)))
+    assert sentence == "Movement pruning failed here: 1 of 2 runs on STS-B give one answer for all."
+    assert claims_of.movement_sentence(gradual(ours)) == claims_of.movement_sentence(pd.DataFrame()) == ""
+
+
+@pytest.mark.parametrize("profile", ["quick", "study", "paper"])
+def test_deviations_have_the_profiles_own_numbers(profile):
+    study = load_profile(profile)
+    text = " ".join(claims_of.deviations(study, pd.DataFrame(), pd.DataFrame()))
+    assert f"has {study.obert.prunings} prunings" in text and f"takes {study.obert.gradients} gradients" in text
+    assert ("language model" in text) is bool(study.obert.upstream_sparsities)
+    assert (f"{TASKS['mnli'].title} 16" in text) is (profile == "paper") and "Movement" not in text
+
+
+def transferred(*rows: tuple[str, str, int, float]) -> pd.DataFrame:
+    """Of ``obert_frame`` what the verdict on transfer reads, from (task, kind, seed, retained)."""
+    frame = pd.DataFrame(rows, columns=["task", "kind", "seed", "retained"])
+    return frame.assign(target=np.where(frame["kind"] == "transfer", 90.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("control", "verdict"),
+    [(99.0, "does not hold here"), (80.0, "not testable here"), (None, "does not hold here")],
+)
+def test_a_language_model_that_has_learnt_little_says_nothing_of_sparse_transfer(control, verdict):
+    rows = [("stsb", "transfer", seed, 60.0) for seed in (0, 1)] + [("cola", "dense transfer", 0, 10.0)]
+    rows += [("stsb", "dense transfer", 0, control)] if control else []
+    row = claims_of._transfer(transferred(*rows))
+    assert (row["ours"], row["verdict"]) == ("60.0 % kept", verdict)
+    assert ("keeps 80.0 % when transferred" in row["evidence"]) is (control == 80)
+
+
+def test_points_are_gzipped_ours_and_published_and_oberts_alone():
+    """INT8 has its colour in both; magnitude and movement make no compound."""
+    ours = gradual(("obert", 0, 98.0, False), ("obert-block4", 0, 96.0, False), ("magnitude", 0, 60.0, False))
+    quality = pd.concat([ours.assign(bits=32), ours[1:2].assign(bits=8, kind="int8")])
+    quality = quality.assign(smaller_gzip=4.0, smaller=3.0, recomputations=1)
+    fig, drawn = plots.frontier_figure(quality)
+    kinds = drawn.groupby("published").apply(lambda rows: set(zip(rows["method"], rows["bits"], strict=True)))
+    assert kinds[False] == {("obert", 32), ("obert-block4", 32), ("obert-block4", 8)}
+    assert kinds[True] == {("obert", 32), ("obert-block4", 8)} and drawn["times smaller"].min() > 2
+    names = [text.get_text() for text in fig.legends[0].texts]
+    assert names.count("oBERT, blocks of 4, INT8") == 1 and "Published" in names
+    with pytest.raises(StudyError, match="the control that it is compared with"):
+        plots.frontier_figure(quality.assign(smaller_gzip=np.nan))
+
+
 def test_published_numbers_stand_beside_the_budget_whose_epochs_they_have():
     long, short = gradual(("obert", 0, 99.0, False), ("movement", 0, 0.0, True)), gradual(("obert", 0, 98.0, False))
     found = frames.against_published(pd.concat([long, short.assign(budget="short")])).set_index(["method", "budget"])
@@ -364,7 +454,9 @@ def test_published_numbers_stand_beside_the_budget_whose_epochs_they_have():
     assert found[10].round(6).tolist() == [round(100 * score / dense, 6) for score in (87.98, 84.9, 87.98)]
     assert found["difference"]["obert", "long"] == pytest.approx(99 - 100 * 88.31 / dense)
     assert found["difference"]["obert", "short"] == pytest.approx(98 - 100 * 87.98 / dense)
-    assert found["constant"].tolist() == [0, 1, 0]
+    assert found["constant"].tolist() == [0, 1, 0] and np.isnan(found["difference"]["movement", "long"])
+    mixed = frames.against_published(gradual(("movement", 0, 90.0, False), ("movement", 1, 0.0, True))).iloc[0]
+    assert mixed["mean"] == 45 and mixed["difference"] == pytest.approx(90 - 100 * 87.42 / dense)
 
 
 def test_layers_of_models_that_answer_the_same_to_all_are_drawn_only_where_there_is_no_other():

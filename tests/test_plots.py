@@ -12,12 +12,12 @@ from lib.analysis import machines
 from lib.analysis.block_movement import shown_task
 from lib.analysis.frontier import published_curves
 from lib.analysis.obert import speed_frame
-from lib.claims.obert import _against_dense, speed_sentence
+from lib.claims.obert import _against_dense, speed_sentence, units_sentence
 from lib.config import StudyError
 from lib.figures import SERIES, series_style
 from lib.plots import frontier as frontier_plots
 from lib.plots import fullyqt as fullyqt_plots
-from lib.plots.obert import _by_conditions, crossing_note, speed_figure
+from lib.plots.obert import _by_conditions, _state, crossing_note, speed_figure
 from lib.plots.structured_qa import ORDER, recovery_figure, selection_figure
 from lib.records import Record
 from lib.specs import LatencyModel, LatencySpec
@@ -63,9 +63,37 @@ def test_runs_on_a_slower_machine_do_not_bend_a_curve():
     assert curve["faster from (%)"].tolist() == 4 * [97]  # at 80 and 90 % the runs do not say
     assert curve["slower up to (%)"].tolist() == 4 * [0]
     note = crossing_note(drawn)
-    assert note.endswith(
-        "at measured sparsities, by batch × tokens: faster from 97 %, slower up to 0 %: DeepSparse fp32 (32 × 128)."
+    assert note == (
+        "At measured sparsities, by batch × tokens. Against the dense model in OpenVINO bf16 (shaded): "
+        "faster from 97 % on, slower without zeros: DeepSparse fp32 (32 × 128)."
     )
+
+
+def test_curves_are_compared_with_bf16_and_with_the_fastest_dense_engine():
+    """Half the bits make the sparse engine faster than bf16 without zeros; against INT8 only zeros do."""
+    runs = [timed("deepsparse-int8", 0.8, 500, 350), timed("deepsparse-int8", 0.97, 500, 100)]
+    _, drawn = speed_figure(speed_frame([*runs, timed("openvino-bf16", None, 600), timed("openvino-int8", None, 300)]))
+    assert set(drawn["fastest"]) == {"openvino-int8"}
+    note = crossing_note(drawn)
+    assert "(shaded): faster without zeros already, which is precision or engine: DeepSparse INT8 (32 × 128)." in note
+    assert note.endswith(
+        "fastest engine, OpenVINO INT8: faster from 97 % on, slower up to 80 %: DeepSparse INT8 (32 × 128)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("slower", "faster", "said"),
+    [
+        (0, 80, "faster at all measured sparsities, from 80 % on, slower without zeros"),
+        (math.nan, 80, "faster at all measured sparsities, from 80 % on"),
+        (math.nan, 90, "faster from 90 % on"),
+        (0, math.nan, "slower without zeros, beyond that quartiles overlap"),
+        (math.nan, math.nan, "quartiles overlap"),
+        (80, math.nan, "slower up to 80 %, beyond that quartiles overlap"),
+    ],
+)
+def test_words_put_no_crossing_where_nothing_was_measured(slower, faster, said):
+    assert _state(slower, faster, [80, 90]) == said
 
 
 def test_times_of_two_machines_are_not_compared():
@@ -86,6 +114,7 @@ def test_runs_of_four_are_curves_of_their_own_and_say_when_they_stay_slower():
     assert "DeepSparse fp32, runs of 4" in labels and drawn["faster from (%)"].isna().all()
     note = crossing_note(drawn)
     assert note.endswith("slower throughout, up to 80 %: DeepSparse fp32 with and without runs of 4 (32 × 128).")
+    assert "fastest" not in note, "bf16 is the fastest"
 
 
 def test_curves_that_pass_under_the_same_conditions_share_the_brackets():
@@ -115,6 +144,26 @@ def test_a_sparse_model_beats_dense_ones_only_where_the_quartiles_are_apart(dens
     row = _against_dense(speed)
     assert row["verdict"] == verdict
     assert ("different runs" in row["evidence"]) is (dense == 510)
+    assert row["ours"] == f"{dense / 500:.2f} × over 1 condition" and "DeepSparse fp32, sparse" in row["evidence"]
+
+
+def test_the_papers_compound_stands_beside_the_best_sparse_model():
+    runs = [timed("deepsparse-fp32", 0.8, 1000, 500, 4), timed("deepsparse-fp32", 0.97, 1000, 250)]
+    row = _against_dense(speed_frame([*runs, timed("openvino-bf16", None, 600)]))
+    assert row["ours"] == "2.40 × over 1 condition"
+    assert row["evidence"].endswith("at 80 % in runs of four, as the paper's compound: 1.20 × over 1 condition")
+
+
+@pytest.mark.parametrize(
+    ("isa", "said"),
+    [(["avx2", "amx_tile", "amx_int8"], "has matrix units for bf16 and INT8 (amx_tile, amx_int8)."),
+     (["avx512_bf16", "avx2"], "vector instructions for bf16 and INT8 (avx512_bf16) and no matrix units"), ([], "")],
+)  # fmt: skip
+def test_records_say_whether_the_timed_machine_has_matrix_units(isa, said):
+    run = timed("openvino-bf16", None, 600)
+    run.hardware["isa"] = isa
+    found = units_sentence(speed_frame([run]))
+    assert said in found and bool(found) is bool(isa)
 
 
 def test_recovery_figure_takes_operating_points_with_different_recoveries():

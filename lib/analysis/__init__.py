@@ -35,6 +35,11 @@ def one_label_scores(records: Iterable[Record]) -> dict[str, float]:
     return {record.spec.task: record["score"] for record in records if isinstance(record.spec, MajoritySpec)}
 
 
+def is_dense(spec: TrainSpec) -> bool:
+    """Whether a run makes the model that its task's shares refer to: nothing compressed, fine-tuned without help."""
+    return spec.compressor is None and spec.start is None and spec.teacher is None
+
+
 def uninformative(records: Iterable[Record]) -> set[str]:
     """Tasks whose dense score, mean over seeds, lies less than ``MARGIN`` above that of one answer for all.
 
@@ -43,7 +48,7 @@ def uninformative(records: Iterable[Record]) -> set[str]:
     records, dense = list(records), dict[str, list[float]]()
     for record in records:
         spec = record.spec
-        if isinstance(spec, TrainSpec) and spec.compressor is None and spec.start is None and spec.teacher is None:
+        if isinstance(spec, TrainSpec) and is_dense(spec):
             dense.setdefault(spec.task, []).append(record["score"])
     return {
         task

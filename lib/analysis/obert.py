@@ -93,8 +93,9 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per training run: what it is, realised sparsity (percent), score, retained share, bytes as stored.
 
     ``retained`` refers to the dense score of the same task and seed; ``smaller`` and ``smaller_gzip`` say how many
-    times fewer bytes the model takes than the dense one's file, in its smallest encoding or both gzipped. ``constant``
-    models answer the same whatever is asked.
+    times fewer bytes the model takes than the dense one's file, in its smallest encoding or both gzipped (the dense one
+    is then the task's control, whose gzipped size hardly depends on the seed). ``constant`` models answer the same
+    whatever is asked.
 
     Raises:
         StudyError: no run is finished.
@@ -120,8 +121,8 @@ def obert_frame(records: Iterable[Record]) -> pd.DataFrame:
     dense = frame[frame["kind"] == "dense"].groupby(["task", "seed"])[["score", "dense_bytes"]].first()
     frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense["score"])
     frame["smaller"] = of_same_seed(frame, dense["dense_bytes"]) / frame["bytes"].to_numpy()
-    control = frame[(frame["kind"] == "control")].groupby(["task", "seed"])["gzip_bytes"].first()
-    frame["smaller_gzip"] = of_same_seed(frame, control) / frame["gzip_bytes"].to_numpy()
+    control = frame[frame["kind"] == "control"].groupby("task")["gzip_bytes"].mean()
+    frame["smaller_gzip"] = frame["task"].map(control) / frame["gzip_bytes"]
     return frame
 
 
@@ -132,11 +133,24 @@ def full_depth(quality: pd.DataFrame, budget: str) -> pd.DataFrame:
 
 
 def compounds(quality: pd.DataFrame) -> pd.DataFrame:
-    """Of ``obert_frame`` the models that a compound may be made of: pruned gradually, the long way, INT8 or not.
+    """Of ``obert_frame`` the models that a compound may be made of: oBERT's, gradual, the long way, INT8 or not.
 
     Models that were pruned as language models (*transfer*) are none of them, whatever their schedule was.
     """
-    return quality[quality["kind"].isin(["gradual", "int8"]) & (quality["budget"] == "long")]
+    made = quality["kind"].isin(["gradual", "int8"]) & quality["method"].isin(["obert", "obert-block4"])
+    return quality[made & (quality["budget"] == "long")]
+
+
+def float64_prunings(records: Iterable[Record]) -> tuple[int, int]:
+    """How many of oBERT's prunings took their gradients again in float64, and how many prunings there are."""
+    steps = [
+        "float64" in step
+        for record in records
+        if isinstance(record.spec, TrainSpec | UpstreamSpec) and record.spec.compressor is not None
+        and record.spec.compressor.name == "obert" and record.spec.compressor.settings["importance"] == "obert"
+        for step in record["compression"].get("history", [])
+    ]  # fmt: skip
+    return sum(steps), len(steps)
 
 
 def layer_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -198,6 +212,7 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
                 "sparsity": 100 * model.sparsity, "group": model.group, "batch": row["batch"], "length": row["length"],
                 "threads": row["threads"], "n": row["n"], "ms": row["median_ms"], "q1_ms": row["q1_ms"],
                 "q3_ms": row["q3_ms"], "run": record.hash, "cpu": record.hardware.get("cpu", ""),
+                "isa": " ".join(record.hardware.get("isa", ())),
                 "file (MB)": row["size_bytes"] / 1e6,
             })  # fmt: skip
     frame = pd.DataFrame(rows)
@@ -279,7 +294,8 @@ def against_published(quality: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per title, method, target and budget: mean, sd, seeds, constant (how many answer the same whatever is
-        asked), a column for each of ``EPOCHS``, and the difference to the one whose shape the budget has.
+        asked), a column for each of ``EPOCHS``, and the difference of the runs that are not constant to the one whose
+        shape the budget has (NaN where all are).
     """
     theirs = published_frame()
     theirs = theirs[(theirs["kind"] == "gradual") & (theirs["layers"] == 12)]
@@ -290,7 +306,9 @@ def against_published(quality: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()  # fmt: skip
     for epochs in EPOCHS.values():
         ours[epochs] = [printed.get((row.method, row.target, epochs), np.nan) for row in ours.itertuples()]
-    ours["difference"] = [row["mean"] - row[EPOCHS[row["budget"]]] for _, row in ours.iterrows()]
+    key = ["title", "method", "target", "budget"]
+    own = _beside(ours, rows[~rows["constant"].astype(bool)].groupby(key)["retained"].mean())
+    ours["difference"] = own - [row[EPOCHS[row["budget"]]] for _, row in ours.iterrows()]
     return ours
 
 

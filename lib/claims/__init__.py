@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from lib.analysis import distinct
+from lib.data import TASKS
 from lib.intervals import Interval, t_interval
 from lib.settings import Profile
 
@@ -24,10 +25,11 @@ RULES = (
     "*Quality* compares shares of the dense model's score on this profile's encoder and data, and holds from "
     f"{QUALITY_TOLERANCE:.0f} points below the printed share. Where another bound is used, the evidence names it; "
     "where only some engines or tasks reach it, a claim *holds in part*. Whether one method is better than "
-    "another is judged by the mean over pairs of runs, and cannot be told where its 95 % Student t interval holds"
-    f" zero. Fewer than {ENOUGH_SEEDS} seeds decide nothing about quality, times of different runs nothing where "
-    "their quartiles overlap. *Not testable here* is what this profile's encoder or data cannot show; *not run "
-    "yet* waits for its records."
+    "another is judged by paired runs, on every task for itself unless the evidence says that it is over tasks, "
+    "and cannot be told where the 95 % Student t interval holds zero. Fewer than "
+    f"{ENOUGH_SEEDS} seeds decide nothing about quality; a task with fewer, beside one with enough, may turn "
+    "*holds* into *holds in part*. Times of different runs decide nothing where their quartiles overlap. *Not "
+    "testable here* is what this profile's encoder or data cannot show; *not run yet* waits for its records."
 )
 NOT_RUN = "not run yet"
 NOT_CLAIMED = "(not claimed)"  # ends a row that judges what the paper does not say
@@ -80,17 +82,26 @@ def signed(found: Interval, unit: str = "points") -> str:
     return f"{found.mean:+.1f} {unit}{spread}"
 
 
-def leads(claim: str, printed: str, by: pd.Series, evidence: str, seeds: int, unit: str = "points") -> dict[str, str]:
-    """Verdict on a claim that one method is better than another; an interval that holds zero decides nothing.
+def leads(claim: str, printed: str, pairs: pd.DataFrame, evidence: str, unit: str = "points") -> dict[str, str]:
+    """Verdict on a claim that one method is better than another, from pairs of runs that differ in it alone.
+
+    Every task is judged for itself, by the mean over its seeds and their 95 % Student t interval: pairs of one seed
+    (several sparsities) are no independent evidence and count once. An interval that holds zero decides nothing.
 
     Args:
-        by: how much better, one value for each pair of runs; its mean is judged, with its 95 % Student t interval.
-        seeds: among the pairs (``seeds_of``).
-        unit: what ``by`` is in, as the reader sees it.
+        pairs: columns task, seed and gain (how much better, in ``unit``), one row per pair.
+        unit: what ``gain`` is in, as the reader sees it.
     """
-    found = t_interval(by)
-    row = verdict(claim, "quality", printed, signed(found, unit), bool(found.mean > 0), evidence, seeds)
-    if seeds >= ENOUGH_SEEDS and found.low < 0 < found.high:
+    seeds = pairs.groupby(["task", "seed"], sort=False)["gain"].mean()
+    found = {str(task): t_interval(part) for task, part in seeds.groupby("task", sort=False)}
+    titles = {task: TASKS[task].title if task in TASKS else task for task in found}
+    shown = [f"{signed(gain, unit)}{f' on {titles[task]}' if len(found) > 1 else ''}" for task, gain in found.items()]
+    judged = [gain for gain in found.values() if gain.n >= ENOUGH_SEEDS]
+    better, worse = [gain.low > 0 for gain in judged], [gain.high < 0 for gain in judged]
+    few = [titles[task] for task, gain in found.items() if gain.n < ENOUGH_SEEDS]
+    evidence += f"; too few seeds to judge {', '.join(few)}" if judged and few else ""
+    row = verdict(claim, "quality", printed, "; ".join(shown), better or [False], evidence, seeds_of(pairs))
+    if judged and not any(better) and not any(worse):
         row["verdict"] = "cannot tell: the interval holds zero"
     return row
 
@@ -109,16 +120,15 @@ def informative_rows(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def retains(claim: str, printed: float, rows: pd.DataFrame, evidence: str) -> dict[str, str]:
     """Verdict on a claim of quality: the mean ``retained`` share against the published one, in percent, per task.
 
-    Where a task has seeds enough to judge by, tasks with fewer are shown and not judged.
+    Tasks with too few seeds decide nothing alone; beside others, one that misses the bound leaves *holds in part*.
 
     Args:
         rows: columns task, title, seed and retained, one row per run.
     """
     tasks = rows.groupby("title", sort=False).agg(mean=("retained", "mean"), n=("seed", "nunique"))
-    judged = tasks[tasks["n"] >= ENOUGH_SEEDS] if seeds_of(rows) >= ENOUGH_SEEDS else tasks
-    places = [f" on {row.Index} (n = {row.n})" if len(tasks) > 1 else "" for row in tasks.itertuples()]
-    shares = [f"{mean:.1f} %{place}" for mean, place in zip(tasks["mean"], places, strict=True)]
-    holds = judged["mean"] >= printed - QUALITY_TOLERANCE
+    places = [f" on {row.Index}" if len(tasks) > 1 else "" for row in tasks.itertuples()]
+    shares = [f"{row.mean:.1f} %{place} (n = {row.n})" for row, place in zip(tasks.itertuples(), places, strict=True)]
+    holds = tasks["mean"] >= printed - QUALITY_TOLERANCE
     return verdict(claim, "quality", f"{printed:.1f} %", "; ".join(shares), holds, evidence, seeds_of(rows))
 
 

@@ -147,14 +147,14 @@ def _lead(frame: pd.DataFrame, claim: str, other: str, printed: str, better: str
     evidence = f"retained share, {len(table)} pair{'s' * (len(table) > 1)} with densities that differ by {NEAR:.0f} "
     evidence += f"points at most; hybrid's blocks: {', '.join(sorted(table['block'].unique()))}{_held(table)}"
     evidence += (f"; left out: {collapsed}" if collapsed else "") + left_out
-    return leads(claim, printed, table["lead"], evidence, seeds_of(table))
+    return leads(claim, printed, table.rename(columns={"lead": "gain"}), evidence)
 
 
 def _difference(claim: str, printed: str, table: pd.DataFrame, about: str, left_out: str = "") -> dict[str, str]:
     if table.empty:
         return _nothing(claim, printed, left_out)
     evidence = f"retained share, paired over {len(table)} {about}{_held(table)}{left_out}"
-    return leads(claim, printed, table["lead"], evidence, seeds_of(table))
+    return leads(claim, printed, table.rename(columns={"lead": "gain"}), evidence)
 
 
 def _filling(frame: pd.DataFrame, own: pd.DataFrame) -> dict[str, str]:

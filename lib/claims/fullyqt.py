@@ -3,7 +3,7 @@
 import pandas as pd
 
 from lib.analysis.fullyqt import PROCEDURES, everything, published_retained
-from lib.claims import ENOUGH_SEEDS, NOT_CLAIMED, NOT_RUN, as_small, leads, seeds_of, verdict
+from lib.claims import NOT_CLAIMED, NOT_RUN, as_small, leads, seeds_of, verdict
 from lib.intervals import bootstrap_interval
 from lib.published import published
 from lib.quantized_storage import exact_bytes
@@ -76,9 +76,9 @@ def _lossless(claim: str, whole: pd.DataFrame, bits: int, kind: str) -> dict[str
     source = "" if claim.endswith(NOT_CLAIMED) else f"; {SECOND_HAND}"
     if rows.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
-    shown, judged, left = _by_task(rows)
-    evidence = f"retained score, at least {100 - LOSSLESS:.0f} %{left}{_against_control(rows)}{source}"
-    return verdict(claim, "quality", printed, shown, judged >= 100 - LOSSLESS, evidence, seeds_of(rows))
+    shown, means = _by_task(rows)
+    evidence = f"retained score, at least {100 - LOSSLESS:.0f} %{_against_control(rows)}{source}"
+    return verdict(claim, "quality", printed, shown, means >= 100 - LOSSLESS, evidence, seeds_of(rows))
 
 
 def _against_control(rows: pd.DataFrame) -> str:
@@ -90,21 +90,14 @@ def _against_control(rows: pd.DataFrame) -> str:
     return f"; of the dense model trained on as long: {each}"
 
 
-def _by_task(rows: pd.DataFrame) -> tuple[str, pd.Series, str]:
-    """Retained shares as the reader sees them, the means to judge, and which tasks are not judged.
-
-    Where a task has seeds enough to judge by, tasks with fewer are shown and not judged.
-    """
-    shown, means = [], {}
-    for title, part in rows.groupby("title", sort=False)["retained"]:
-        share = bootstrap_interval(part)
-        spread = f" ({share.low:.1f}–{share.high:.1f})" if share.n > 1 else ""
-        shown.append(f"{share.mean:.1f} %{spread} on {title} (n = {share.n})")
-        means[str(title)] = share.mean, share.n
-    enough = {title: mean for title, (mean, n) in means.items() if n >= ENOUGH_SEEDS}
-    left = [title for title in means if title not in enough] if enough else []
-    note = f"; too few seeds to judge {', '.join(left)}" if left else ""
-    return "; ".join(shown), pd.Series(enough or {title: mean for title, (mean, _) in means.items()}), note
+def _by_task(rows: pd.DataFrame) -> tuple[str, pd.Series]:
+    """Retained shares as the reader sees them, and their means, per task."""
+    found = {str(title): bootstrap_interval(part) for title, part in rows.groupby("title", sort=False)["retained"]}
+    shown = [
+        f"{share.mean:.1f} %{f' ({share.low:.1f}–{share.high:.1f})' if share.n > 1 else ''} on {title} (n = {share.n})"
+        for title, share in found.items()
+    ]
+    return "; ".join(shown), pd.Series({title: share.mean for title, share in found.items()})
 
 
 def _gains_from_training(whole: pd.DataFrame, bits: int) -> dict[str, str]:
@@ -118,7 +111,7 @@ def _gains_from_training(whole: pd.DataFrame, bits: int) -> dict[str, str]:
         return verdict(claim, "quality", theirs, NOT_RUN, None, "")
     pairs = pairs[["aware", "post"]].dropna()
     evidence = f"retained BLEU, trained on minus rounded afterwards, {len(pairs)} pairs of task and seed; {SECOND_HAND}"
-    return leads(claim, theirs, pairs["aware"] - pairs["post"], evidence, seeds_of(pairs.reset_index()))
+    return leads(claim, theirs, (pairs["aware"] - pairs["post"]).rename("gain").reset_index(), evidence)
 
 
 def _collapses(whole: pd.DataFrame, bits: int) -> dict[str, str]:
@@ -129,10 +122,12 @@ def _collapses(whole: pd.DataFrame, bits: int) -> dict[str, str]:
     means = rows.groupby(["title", "procedure"])["retained"].mean().reset_index().sort_values("retained")
     best = means.groupby("title", sort=False).last()
     chosen = [rows[(rows["title"] == title) & (rows["procedure"] == row.procedure)] for title, row in best.iterrows()]
-    shown, judged, left = _by_task(pd.concat(chosen))
+    shown, means_of_best = _by_task(pd.concat(chosen))
     ways = ", ".join(PROCEDURES[name] for name in best["procedure"].unique())
-    evidence = f"retained BLEU of the best way ({ways}); collapse: under {COLLAPSED:.0f} %{left}; {SECOND_HAND}"
-    return verdict(claim, "quality", _printed(bits, "aware"), shown, judged < COLLAPSED, evidence, seeds_of(rows))
+    evidence = f"retained BLEU of the best way ({ways}); collapse: under {COLLAPSED:.0f} %; {SECOND_HAND}"
+    return verdict(
+        claim, "quality", _printed(bits, "aware"), shown, means_of_best < COLLAPSED, evidence, seeds_of(rows)
+    )
 
 
 def _diverges(frame: pd.DataFrame, guards: str, claimed: str = "") -> dict[str, str]:

@@ -149,4 +149,5 @@ def _ablation(frame: pd.DataFrame, variant: str, claim: str, text: str, teacher:
     rivals = rows[rows["variant"] == variant]
     useless = int((rivals["score"] <= rivals["floor"] + 1e-6).sum())
     evidence += f"; without it {useless} of {len(rivals)} do no better than one answer for all" if useless else ""
-    return leads(claim, printed, pairs["full"] - pairs[variant], evidence, seeds_of(rows), "points with it")
+    gains = (pairs["full"] - pairs[variant]).rename("gain").reset_index()
+    return leads(claim, printed, gains, evidence, "points with it")

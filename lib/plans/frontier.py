@@ -20,6 +20,7 @@ from lib.settings import Profile
 from lib.specs import EngineQualitySpec, LatencyModel, LatencySpec, Spec, TrainSpec, dense_spec, spec_hash
 
 UNTOUCHED = (1.0, 1.0)
+DENSE = "dense"
 HYBRID = "hybrid blocks, filled"
 FACTORS = "Kronecker factors: "  # and the configuration
 
@@ -31,18 +32,19 @@ def recipe_name(dropped: int, heads: float, units: float, epochs: float | None =
         parts.append(f"{100 * (1 - heads):.0f} % heads, {100 * (1 - units):.0f} % units cut")
     if epochs is not None:
         parts.append(f"{epochs:g} epochs")
-    return "; ".join(parts) or "dense"
+    return "; ".join(parts) or DENSE
 
 
 def recipes(profile: Profile, seed: int) -> dict[str, TrainSpec]:
-    """Name -> the run that ends in the recipe's model; the dense model is the first.
+    """Name -> the run that ends in the recipe's model; the dense model, which all are compared with, is the first.
 
     Raises:
         StudyError: as many layers dropped as the encoder has; longer distillation of a model that is not cut.
     """
     settings = profile.frontier
     grid = [(dropped, *point, None) for dropped in settings.layers_dropped for point in settings.operating_points]
-    compounds: list[tuple[int, float, float, float | None]] = [*grid, *settings.distilled_longer]
+    whole: tuple[int, float, float, float | None] = (0, *UNTOUCHED, None)
+    compounds = [whole, *grid, *settings.distilled_longer]
     made = {recipe_name(*compound): _compound(profile, seed, *compound) for compound in compounds}
     if settings.block_movement:
         strength = profile.block_movement.strengths[0]
@@ -81,7 +83,7 @@ def frontier(profile: Profile) -> list[Spec]:
     on those that one would take.
     """
     plan: list[Spec] = []
-    first = {recipe_name(0, *UNTOUCHED), *(recipe_name(*compound) for compound in profile.frontier.distilled_longer)}
+    first = {DENSE, *(recipe_name(*compound) for compound in profile.frontier.distilled_longer)}
     for seed in recipe_seeds(profile):
         made = recipes(profile, seed)
         for recipe in [made[name] for name in sorted(made, key=lambda name: name not in first)]:
@@ -106,18 +108,18 @@ def recipe_latency(profile: Profile, records: list[Record]) -> list[Spec]:
     seed = recipe_seeds(profile)[0]
     done = {record.hash: record for record in records}
     architecture = timed_architecture(profile)
-    models = {"dense": LatencyModel(architecture=architecture)}
+    models = {DENSE: LatencyModel(architecture=architecture)}
     for name, spec in recipes(profile, seed).items():
         record = done.get(spec_hash(spec))
         if record is not None and name.startswith(FACTORS):
             shapes = configuration(name.removeprefix(FACTORS), ARCHITECTURES[architecture])
             models[name] = LatencyModel(architecture=architecture, kronecker=shapes)
-        elif record is not None and name != "dense":
+        elif record is not None and name != DENSE:
             models[name] = latency_model(record, architecture)
     engines = tuple(dict.fromkeys((settings.reference, *settings.engines)))
     return [
         LatencySpec(
-            models=models, dense="dense", engines=engines, batch=settings.batch, length=settings.length,
+            models=models, dense=DENSE, engines=engines, batch=settings.batch, length=settings.length,
             threads=latency.threads, rounds=latency.rounds, reference=settings.reference,
         )
     ]  # fmt: skip

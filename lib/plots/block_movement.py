@@ -74,9 +74,8 @@ def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> p
         rows.append({"method": method, "published": False, "strength": strength, x: group[x].mean(), y: found.mean,
                      "low": found.low, "high": found.high, "n": found.n})  # fmt: skip
     points = pd.DataFrame(rows).sort_values(x)
-    errors = np.abs(points[["low", "high"]].to_numpy().T - points[y].to_numpy())
     style = figures.style_of(method)
-    ax.errorbar(points[x], points[y], np.nan_to_num(errors), capsize=2, zorder=3, **style)
+    ax.errorbar(points[x], points[y], figures.error_bars(points, y), capsize=2, zorder=3, **style)
     if points["n"].max() > 1:
         pale = {"linestyle": "", "alpha": 0.6, "markersize": 2.5, "markeredgewidth": 0, "label": "_seeds"}
         ax.plot(part[x], part[y], zorder=2, **style | pale)

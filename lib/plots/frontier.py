@@ -68,7 +68,7 @@ def _family(ax: Axes, part: pd.DataFrame, best: pd.DataFrame, cost: str, style: 
     """One method's models on one task; large, with an interval, where those on the front have seeds for one."""
     look = figures.style_of(style)
     ax.plot(part[cost], part["retained"], **look | {"linestyle": "", "label": "_", "markersize": 2, "alpha": 0.3})
-    errors = np.nan_to_num(np.abs(best[["low", "high"]].to_numpy().T - best["retained"].to_numpy()))
+    errors = figures.error_bars(best, "retained")
     ax.errorbar(best[cost], best["retained"], errors, elinewidth=0.6, **look | {"label": name, "markersize": 2})
     sure = best[best["n"] > 1]
     ax.plot(sure[cost], sure["retained"], **look | {"linestyle": "", "label": "_", "markersize": 4.5})
@@ -132,9 +132,9 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
     """
     fig, ax = figures.new_figure("page", height=3.2)
     for engine, part in means.groupby("engine", sort=False):
-        errors = np.nan_to_num(np.abs(part[["low", "high"]].to_numpy().T - part["retained"].to_numpy()))
+        errors = figures.error_bars(part, "retained")
         style = figures.style_of(str(engine)) | {"linestyle": ""}
-        aside = np.abs(part[["speed q1", "speed q3"]].to_numpy().T - part["speed"].to_numpy())
+        aside = figures.error_bars(part, "speed", "speed q1", "speed q3")
         ax.errorbar(part["speed"], part["retained"], errors, aside, elinewidth=0.7, **style)
     front = frontier.pareto(means.assign(slowness=-means["speed"]), "slowness", "retained")
     look = {"color": figures.GREY, "linewidth": 0.8, "zorder": 0, "label": "Pareto front"}

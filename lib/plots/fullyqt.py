@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -65,10 +64,8 @@ def parts_alone(parts: pd.DataFrame) -> Figure:
         for offset, (width, part) in enumerate(here.groupby("bits", sort=False)):
             means = summarise(part, ["part"], "retained")
             where = means["part"].map(names.index) + 0.2 * (offset - 0.5 * (here["bits"].nunique() - 1))
-            errors = np.abs(means[["low", "high"]].to_numpy().T - means["retained"].to_numpy())
-            ax.errorbar(
-                where, means["retained"], errors, capsize=2, **figures.style_of(f"int{width}") | {"linestyle": ""}
-            )
+            bars, style = figures.error_bars(means, "retained"), figures.style_of(f"int{width}") | {"linestyle": ""}
+            ax.errorbar(where, means["retained"], bars, capsize=2, **style)
         ax.set(ylabel="retained score (%)", title=title, xlim=(-0.5, len(names) - 0.5))
         ax.set_xticks(range(len(names)), names)
         figures.retained_line(ax, 100)

@@ -9,24 +9,37 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lib import figures
+from lib.analysis import summarise
 from lib.analysis.obert import compounds, crossover, full_depth, published_frame
 from lib.config import StudyError
 from lib.published import published
 
-BF16 = "openvino-bf16"  # the dense model on matrix units, which a sparse one has to beat
+BF16 = "openvino-bf16"  # the dense model in half the bits, which costs no quality: the least a sparse one has to beat
 PART_COLOURS = {
     "query": figures.BLUE, "key": figures.SKY, "value": figures.GREEN, "attention_output": figures.PURPLE,
     "ffn_in": figures.ORANGE, "ffn_out": figures.VERMILION,
 }  # fmt: skip
 IN_FOURS = {"linestyle": ":", "fillstyle": "bottom", "markerfacecoloralt": "white", "zorder": 1.9}
 FOURS = ", runs of 4"  # ends the name of such a curve
-LARGEST, SMALLEST = 6.0, 1.5  # markers of all layers and of none
+LARGEST, SMALLEST = 7.0, 2.5  # markers of all layers and of none
 
 
 def seeds_text(counts: pd.Series) -> str:
     """How many seeds means are over: "n = 1 seed", "n = 2 to 3 seeds"."""
     low, high = int(counts.min()), int(counts.max())
     return f"n = {f'{low} to ' if high > low else ''}{figures.counted(high, 'seed')}"
+
+
+def constant_sentence(drawn: pd.DataFrame, quality: pd.DataFrame, task: str, target: float | None = None) -> str:
+    """The caption's sentence on models that answer the same whatever is asked; "" where none does.
+
+    Args:
+        drawn: rows of the figure, whose column ``constant`` says whether such models are drawn: only where all are.
+    """
+    note = constant_note(quality, task, target)
+    if not note:
+        return ""
+    return f" {'Give' if drawn['constant'].eq(True).any() else 'Left out, since they give'} one answer for all: {note}."
 
 
 def constant_note(quality: pd.DataFrame, task: str, target: float | None = None) -> str:
@@ -42,7 +55,8 @@ def constant_note(quality: pd.DataFrame, task: str, target: float | None = None)
 def sparsity_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Left: score against sparsity of every ranking, gradual, long. Right: retained share, ours and published.
 
-    The lines of the dense model and of its control have a drawn row each, with ``panel`` "line".
+    Models that answer the same whatever is asked are left out, unless all of them do. The lines of the dense model and
+    of its control have a drawn row each, with ``panel`` "line".
 
     Raises:
         StudyError: no gradual run of the full-depth model.
@@ -51,12 +65,13 @@ def sparsity_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     if gradual.empty:
         raise StudyError("oBERT: no gradual run is finished yet; raise budget_minutes, or run the plan to the end")
     fig, (left, right) = figures.new_figure("page", 1, 2)
-    drawn = []
-    for method, part in gradual.groupby("method", sort=False):
+    drawn, told = [], _unless_constant(gradual)
+    for method, part in told.groupby("method", sort=False):
         drawn.append(figures.band_plot(left, part, "target", "score", str(method)).assign(panel="score"))
         known = part.dropna(subset=["retained"])
         if len(known):
             drawn.append(figures.band_plot(right, known, "target", "retained", str(method)).assign(panel="retained"))
+    drawn = [rows.assign(constant=bool(told["constant"].any())) for rows in drawn]
     theirs = published_frame()
     for method, epochs in (("obert", 30), ("movement", 10)):
         chosen = (theirs["kind"] == "gradual") & (theirs["place"] == "Table 1") & (theirs["method"] == method)
@@ -79,8 +94,15 @@ def sparsity_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     return fig, pd.concat(drawn, ignore_index=True)
 
 
+def _unless_constant(rows: pd.DataFrame) -> pd.DataFrame:
+    """``rows`` without models that answer the same whatever is asked; all of them where every one does."""
+    return rows if rows["constant"].all() else rows[~rows["constant"].astype(bool)]
+
+
 def one_shot_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Retained share when pruning at once, with and without recomputed gradients, and gradually in two budgets.
+
+    Bars are 95 % bootstrap intervals of the mean, and moved aside so that they can be told apart.
 
     Raises:
         StudyError: no one-shot run.
@@ -102,10 +124,11 @@ def one_shot_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             curves[f"oBERT, gradual, {budget}"] = rows, {"color": figures.ORANGE, "marker": marker, "linestyle": "-"}
     fig, ax = figures.new_figure("page")
     drawn = []
-    for name, (rows, style) in curves.items():
-        means = rows.groupby("target")["retained"].agg(["mean", "size"]).reset_index()
-        ax.plot(means["target"], means["mean"], label=name, **style)
-        drawn.append(means.rename(columns={"mean": "retained", "size": "n"}).assign(curve=name))
+    for number, (name, (rows, style)) in enumerate(curves.items()):
+        means = summarise(rows, ["target"], "retained").sort_values("target")
+        at, bars = means["target"] + 0.4 * (number - (len(curves) - 1) / 2), figures.error_bars(means, "retained")
+        ax.errorbar(at, means["retained"], bars, capsize=1.5, elinewidth=0.7, label=name, **style)
+        drawn.append(means.assign(curve=name))
     figures.retained_line(ax, 100)
     ax.set(xlabel="sparsity (%)", ylabel="retained share (%)")
     figures.outside_legend(fig, side="right")
@@ -125,7 +148,7 @@ def layer_figure(layers: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         raise StudyError("oBERT: no gradual run is finished yet; raise budget_minutes, or run the plan to the end")
     targets = sorted(rows["target"].unique(), key=lambda value: abs(value - 90))
     rows = rows[rows["target"] == targets[0]]
-    rows = rows if rows["constant"].all() else rows[~rows["constant"].astype(bool)]
+    rows = _unless_constant(rows)
     methods = list(dict.fromkeys(rows["method"]))
     fig, axes = figures.new_figure("page", 1, len(methods), squeeze=False, sharey=True)
     by = ["task", "method", "part", "layer", "target", "constant"]
@@ -146,6 +169,8 @@ def speed_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
     Bars are quartiles over the runs. Where a curve passes the dense bf16 model, a bracket at its time goes from the
     last measured sparsity at which it is slower to the first at which it is faster (``crossing_note`` says the rest).
+    It is a stroke where only the dense model is slower, since nothing was measured on the way, and absent where that
+    one is faster already.
 
     Raises:
         StudyError: nothing was timed.
@@ -171,10 +196,14 @@ def speed_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def _speed_panel(ax: Any, here: pd.DataFrame) -> pd.DataFrame:
-    """One condition; returns the drawn rows, with column ``curve`` and, on curves, what ``crossover`` found."""
+    """One condition; returns the drawn rows, with column ``curve`` and, on curves, what ``crossover`` found.
+
+    The columns that end in "fastest" are about the dense model on its fastest engine, which ``fastest`` names.
+    """
     drawn = []
     bf16 = here[(here["engine"] == BF16) & (here["sparsity"] == 0)]
     level = bf16[["anchored ms", "low ms", "high ms"]].median()  # NaN, which nothing passes, where it is not measured
+    fastest = here[here["sparsity"] == 0].sort_values("anchored ms").iloc[0]
     if len(bf16):
         ax.axhspan(level["low ms"], level["high ms"], color=figures.style_of(BF16)["color"], alpha=0.15, linewidth=0)
     for engine, rows in here.groupby("engine", sort=False):
@@ -187,36 +216,63 @@ def _speed_panel(ax: Any, here: pd.DataFrame) -> pd.DataFrame:
         for group, curve in sparse.groupby("group"):
             shown = style | IN_FOURS | {"label": style["label"] + FOURS} if group == 4 else style
             points = pd.concat([start, curve]).sort_values("sparsity")
-            bars = np.abs(points[["low ms", "high ms"]].to_numpy().T - points["anchored ms"].to_numpy())
+            bars = figures.error_bars(points, "anchored ms", "low ms", "high ms")
             ax.errorbar(points["sparsity"], points["anchored ms"], bars, capsize=1.5, elinewidth=0.7, **shown)
             slower, faster = crossover(points, level)
-            if not np.isnan(faster):
-                ends = [faster if np.isnan(slower) else slower, faster]
+            if faster > 0:
+                ends = [slower if slower > 0 else faster, faster]
                 ax.plot(ends, 2 * [level["anchored ms"]], marker="|", markersize=9, color=style["color"], linewidth=2)
             found = {"curve": shown["label"], "slower up to (%)": slower, "faster from (%)": faster}
+            slower, faster = crossover(points, fastest)
+            found |= {"slower up to (%), fastest": slower, "faster from (%), fastest": faster}
             drawn.append(points.assign(**found))
-    return pd.concat(drawn, ignore_index=True)
+    return pd.concat(drawn, ignore_index=True).assign(fastest=fastest["engine"])
 
 
 def crossing_note(drawn: pd.DataFrame) -> str:
-    """The caption's sentence on which curves of ``speed_figure`` pass the dense model in bf16, and where."""
-    curves = drawn[drawn["sparsity"] > 0].merge(drawn[drawn["engine"] == BF16][["batch", "length"]].drop_duplicates())
-    if curves.empty:
-        return ""
+    """The caption's sentences on where curves of ``speed_figure`` pass the dense model, in bf16 and at its fastest."""
+    curves = drawn[drawn["sparsity"] > 0]
+    in_bf16 = curves.merge(drawn[drawn["engine"] == BF16][["batch", "length"]].drop_duplicates())
+    notes = []
+    if len(in_bf16):
+        notes.append(f"Against the dense model in {figures.METHODS[BF16][2]} (shaded): {_passes(in_bf16)}.")
+    if len(curves) and set(curves["fastest"]) != {BF16}:
+        engines: dict[str, list[str]] = {}
+        for batch, length, engine in curves[["batch", "length", "fastest"]].drop_duplicates().itertuples(index=False):
+            engines.setdefault(figures.METHODS[engine][2], []).append(f"{batch} × {length}")
+        names = next(iter(engines)) if len(engines) == 1 else _by_conditions(engines)
+        notes.append(f"Against it on its fastest engine, {names}: {_passes(curves, ', fastest')}.")
+    return " ".join(["At measured sparsities, by batch × tokens.", *notes]) if notes else ""
+
+
+def _passes(curves: pd.DataFrame, which: str = "") -> str:
+    """Where curves pass a dense model, in words, those that do alike together.
+
+    Args:
+        which: ends the names of the columns with what ``crossover`` found.
+    """
     found: dict[str, dict[str, list[str]]] = {}
     for (batch, length, curve), points in curves.groupby(["batch", "length", "curve"], sort=False):
-        slower, faster = points["slower up to (%)"].iloc[0], points["faster from (%)"].iloc[0]
-        last = points["sparsity"].max()
-        if not np.isnan(faster):
-            state = f"faster from {faster:.0f} %" + ("" if np.isnan(slower) else f", slower up to {slower:.0f} %")
-        elif slower == last:
-            state = f"slower throughout, up to {last:.0f} %"
-        else:
-            state = "quartiles overlap" + ("" if np.isnan(slower) else f" beyond {slower:.0f} %") + ", no crossing told"
+        slower, faster = (points[f"{name} (%){which}"].iloc[0] for name in ("slower up to", "faster from"))
+        state = _state(slower, faster, sorted(points["sparsity"]))
         found.setdefault(state, {}).setdefault(str(curve), []).append(f"{batch} × {length}")
-    states = "; ".join(f"{state}: {_by_conditions(curves)}" for state, curves in found.items())
-    against = f"Against the dense model in {figures.METHODS[BF16][2]} (shaded), at measured sparsities"
-    return f"{against}, by batch × tokens: {states}."
+    return "; ".join(f"{state}: {_by_conditions(alike)}" for state, alike in found.items())
+
+
+def _state(slower: float, faster: float, sparsities: Sequence[float]) -> str:
+    """How a curve lies to a dense model, from ``crossover`` and the measured ``sparsities`` above 0, ascending.
+
+    Nothing was measured between 0 and the first of them, so the words put no crossing there.
+    """
+    if faster == 0:
+        return "faster without zeros already, which is precision or engine"
+    if slower == sparsities[-1]:
+        return f"slower throughout, up to {slower:.0f} %"
+    least = "" if np.isnan(slower) else "slower without zeros" if slower == 0 else f"slower up to {slower:.0f} %"
+    if np.isnan(faster):
+        return f"{least}, beyond that quartiles overlap" if least else "quartiles overlap"
+    every = "at all measured sparsities, " if faster == sparsities[0] else ""
+    return ", ".join(filter(None, [f"faster {every}from {faster:.0f} % on", least]))
 
 
 def _by_conditions(curves: Mapping[str, Sequence[str]]) -> str:
@@ -234,42 +290,51 @@ def _by_conditions(curves: Mapping[str, Sequence[str]]) -> str:
 
 
 def frontier_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Retained share against how many times smaller the stored model is: the compound, ours and the paper's.
+    """Retained share against how many times smaller the gzipped model is: the compound, ours and the paper's.
 
     The smaller a marker, the fewer layers are left.
 
     Raises:
-        StudyError: no pruned run.
+        StudyError: no pruned run, or no control whose gzipped size they could be compared with.
     """
-    rows = compounds(quality).dropna(subset=["smaller", "retained"])
-    if rows.empty:
-        raise StudyError("oBERT: no pruned run is finished yet; raise budget_minutes, or run the plan to the end")
+    ours = compounds(quality).dropna(subset=["smaller_gzip", "retained"])
+    if ours.empty:
+        raise StudyError(
+            "oBERT: no pruned run is finished yet, or not the control that it is compared with; raise budget_minutes, "
+            "or run the plan to the end"
+        )
+    ours = ours.rename(columns={"smaller_gzip": "times smaller"}).assign(published=False)
+    theirs = published("kurtic2022", place="Table 17").pivot_table(
+        index=["method", "bits", "layers", "sparsity"], columns="metric", values="value"
+    ).reset_index().rename(columns={"compression": "times smaller", "sparsity": "target"})  # fmt: skip
+    theirs = theirs[theirs["method"] != "dense"].assign(published=True)
     fig, ax = figures.new_figure("page")
     drawn = []
-    for (method, bits), part in rows.groupby(["method", "bits"], sort=False):
-        style = figures.style_of(str(method)) | {"linestyle": "", "markeredgecolor": "white", "markeredgewidth": 0.4}
-        if bits == 8:
-            style |= {"label": style["label"] + ", INT8", "color": figures.VERMILION,
-                      "markerfacecolor": figures.VERMILION}  # fmt: skip
-        _by_depth(ax, part, style, quality["layers"].max())
-        drawn.append(part[["method", "bits", "layers", "target", "smaller", "retained"]].assign(published=False))
-    table = published("kurtic2022", place="Table 17").pivot_table(
-        index=["method", "bits", "layers", "sparsity"], columns="metric", values="value"
-    )
-    theirs = table.reset_index().rename(columns={"compression": "smaller", "sparsity": "target"})
-    for method, part in theirs[theirs["method"] != "dense"].groupby("method", sort=False):
-        _by_depth(ax, part, figures.style_of(str(method), published=True) | {"linestyle": ""}, theirs["layers"].max())
-        drawn.append(part[["method", "bits", "layers", "target", "smaller", "retained"]].assign(published=True))
+    for rows, total in ((ours, quality["layers"].max()), (theirs, theirs["layers"].max())):
+        for (method, bits, is_published), part in rows.groupby(["method", "bits", "published"], sort=False):
+            _by_depth(ax, part, _compound_style(str(method), bits == 8, bool(is_published)), total)
+            drawn.append(part[["method", "bits", "layers", "target", "times smaller", "retained", "published"]])
     figures.retained_line(ax, 100)
-    ax.set(xlabel="times smaller on disk", ylabel="retained share (%)", xscale="log")
+    ax.set(xlabel="times smaller, both gzipped", ylabel="retained share (%)", xscale="log")
     ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     ax.minorticks_off()
     figures.outside_legend(fig, side="right")
     return fig, pd.concat(drawn, ignore_index=True)
 
 
+def _compound_style(method: str, int8: bool, is_published: bool) -> dict[str, Any]:
+    """A point's style: INT8 has a colour of its own, ours a white edge, published ones a hollow face."""
+    style = figures.style_of(method) | {"linestyle": ""}
+    if int8:
+        style |= {"label": style["label"] + ", INT8", "color": figures.VERMILION,
+                  "markerfacecolor": figures.VERMILION, "markeredgecolor": figures.VERMILION}  # fmt: skip
+    if is_published:
+        return style | {"label": style["label"] + figures.PUBLISHED, "markerfacecolor": "white", "markeredgewidth": 0.6}
+    return style | {"markeredgecolor": "white", "markeredgewidth": 0.4}
+
+
 def _by_depth(ax: Any, rows: pd.DataFrame, style: dict[str, Any], total: int) -> None:
     """Points whose size says which share of ``total`` layers is left, the small ones in front."""
     for layers in sorted(rows["layers"].unique(), reverse=True):
         part, size = rows[rows["layers"] == layers], SMALLEST + (LARGEST - SMALLEST) * layers / total
-        ax.plot(part["smaller"], part["retained"], **style | {"markersize": size})
+        ax.plot(part["times smaller"], part["retained"], **style | {"markersize": size})

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -34,10 +33,9 @@ def recovery_figure(points: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     drawn = []
     for number, (removed, part) in enumerate(points.groupby("removed", sort=False)):
         rows = summarise(part, ["recovery"], "retained")
-        errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["retained"].to_numpy())
         where = rows["recovery"].map(order.index) + 0.12 * number
         style = {"color": SHADES[number % len(SHADES)], "marker": "o", "linestyle": "", "capsize": 2}
-        ax.errorbar(where, rows["retained"], errors, label=removed, **style)
+        ax.errorbar(where, rows["retained"], figures.error_bars(rows, "retained"), label=removed, **style)
         drawn.append(rows.assign(removed=removed))
     ax.set_xticks(range(len(order)), [name.replace(" and ", "\nand ") for name in order])
     ax.set(ylabel="retained share of F1 (%)")
