@@ -126,8 +126,7 @@ def retains(claim: str, printed: float, rows: pd.DataFrame, evidence: str) -> di
         rows: columns task, title, seed and retained, one row per run.
     """
     tasks = rows.groupby("title", sort=False).agg(mean=("retained", "mean"), n=("seed", "nunique"))
-    places = [f" on {row.Index}" if len(tasks) > 1 else "" for row in tasks.itertuples()]
-    shares = [f"{row.mean:.1f} %{place} (n = {row.n})" for row, place in zip(tasks.itertuples(), places, strict=True)]
+    shares = [f"{row.mean:.1f} % on {row.Index} (n = {row.n})" for row in tasks.itertuples()]
     holds = tasks["mean"] >= printed - QUALITY_TOLERANCE
     return verdict(claim, "quality", f"{printed:.1f} %", "; ".join(shares), holds, evidence, seeds_of(rows))
 

@@ -312,10 +312,7 @@ def _sparse_retains(quality: pd.DataFrame, target: float) -> dict[str, str]:
     ours = _gradual(quality, "obert", target)
     if ours.empty:
         return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
-    titles = ", ".join(ours["title"].unique())
-    evidence = (
-        f"{titles}, {ours['layers'].iloc[0]} layers, n = {seeds_of(ours)}; the paper trains longer, on more layers"
-    )
+    evidence = f"{ours['layers'].iloc[0]} layers; the paper trains longer, on more layers"
     return retains(claim, printed, ours, evidence)
 
 
@@ -349,7 +346,7 @@ def _control(quality: pd.DataFrame) -> dict[str, str]:
     if ours.empty or ours["retained"].isna().all():
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
     titles = ", ".join(ours["title"].unique())
-    evidence = f"distilled from the pre-trained encoder, same schedule; {titles}, n = {seeds_of(ours)}"
+    evidence = f"distilled from the pre-trained encoder, same schedule; {titles}"
     gains = ours.dropna(subset=["retained"])
     return leads(claim, printed, gains.assign(gain=gains["retained"] - 100), evidence)
 

@@ -45,7 +45,8 @@ def quality_against(points: pd.DataFrame, cost: str) -> tuple[Figure, pd.DataFra
         ax.set_title(title)
         if cost == "cost (core-min)":
             ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            low, high = ax.get_xlim()
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high > 10 * low else (1, 2, 3, 5)))
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter("")
         if cost == KEPT:
