@@ -17,7 +17,7 @@ from lib.config import StudyError
 from lib.figures import SERIES, series_style
 from lib.plots import frontier as frontier_plots
 from lib.plots import fullyqt as fullyqt_plots
-from lib.plots.obert import _by_conditions, _state, crossing_note, speed_figure
+from lib.plots.obert import crossing_table, fastest_dense, speed_figure
 from lib.plots.structured_qa import ORDER, recovery_figure, selection_figure
 from lib.records import Record
 from lib.specs import LatencyModel, LatencySpec
@@ -62,38 +62,34 @@ def test_runs_on_a_slower_machine_do_not_bend_a_curve():
     assert curve["anchored ms"].tolist() == [2000, 1000, 500, 250]
     assert curve["faster from (%)"].tolist() == 4 * [97]  # at 80 and 90 % the runs do not say
     assert curve["slower up to (%)"].tolist() == 4 * [0]
-    note = crossing_note(drawn)
-    assert note == (
-        "At measured sparsities, by batch × tokens. Against the dense model in OpenVINO bf16 (shaded): "
-        "faster from 97 % on, slower without zeros: DeepSparse fp32 (32 × 128)."
-    )
+    table = crossing_table(speed).set_index(["curve", "against dense on"])["32 × 128"]
+    assert table["DeepSparse fp32", "OpenVINO bf16"] == table["DeepSparse fp32", "its fastest engine"] == "from 97 %"
 
 
 def test_curves_are_compared_with_bf16_and_with_the_fastest_dense_engine():
     """Half the bits make the sparse engine faster than bf16 without zeros; against INT8 only zeros do."""
     runs = [timed("deepsparse-int8", 0.8, 500, 350), timed("deepsparse-int8", 0.97, 500, 100)]
-    _, drawn = speed_figure(speed_frame([*runs, timed("openvino-bf16", None, 600), timed("openvino-int8", None, 300)]))
-    assert set(drawn["fastest"]) == {"openvino-int8"}
-    note = crossing_note(drawn)
-    assert "(shaded): faster without zeros already, which is precision or engine: DeepSparse INT8 (32 × 128)." in note
-    assert note.endswith(
-        "fastest engine, OpenVINO INT8: faster from 97 % on, slower up to 80 %: DeepSparse INT8 (32 × 128)."
-    )
+    speed = speed_frame([*runs, timed("openvino-bf16", None, 600), timed("openvino-int8", None, 300)])
+    assert fastest_dense(speed) == "openvino-int8"
+    assert crossing_table(speed).to_dict("records") == [
+        {"curve": "DeepSparse INT8", "against dense on": "OpenVINO bf16", "32 × 128": "without zeros"},
+        {"curve": "DeepSparse INT8", "against dense on": "its fastest engine", "32 × 128": "from 97 %, slower to 80 %"},
+    ]
 
 
 @pytest.mark.parametrize(
-    ("slower", "faster", "said"),
-    [
-        (0, 80, "faster at all measured sparsities, from 80 % on, slower without zeros"),
-        (math.nan, 80, "faster at all measured sparsities, from 80 % on"),
-        (math.nan, 90, "faster from 90 % on"),
-        (0, math.nan, "slower without zeros, beyond that quartiles overlap"),
-        (math.nan, math.nan, "quartiles overlap"),
-        (80, math.nan, "slower up to 80 %, beyond that quartiles overlap"),
-    ],
+    ("times", "said"),
+    [((500, 100), "from 80 %"), ((590, 100), "from 97 %"), ((700, 590), "overlap"), ((700, 650), "never")],
 )
-def test_words_put_no_crossing_where_nothing_was_measured(slower, faster, said):
-    assert _state(slower, faster, [80, 90]) == said
+def test_a_crossing_is_told_where_quartiles_are_apart_and_never_between_measured_sparsities(times, said):
+    runs = [timed("deepsparse-fp32", sparsity, 1000, ms) for sparsity, ms in zip((0.8, 0.97), times, strict=True)]
+    table = crossing_table(speed_frame([*runs, timed("openvino-bf16", None, 600, spread=30)]))
+    assert table["32 × 128"].tolist() == [said, said]
+
+
+def test_a_curve_is_compared_with_no_bf16_that_was_not_timed():
+    table = crossing_table(speed_frame([timed("deepsparse-fp32", 0.8, 1000, 300), timed("openvino-int8", None, 600)]))
+    assert table.set_index("against dense on")["32 × 128"].to_dict() == {"its fastest engine": "from 80 %"}
 
 
 def test_times_of_two_machines_are_not_compared():
@@ -112,14 +108,9 @@ def test_runs_of_four_are_curves_of_their_own_and_say_when_they_stay_slower():
     assert set(drawn["curve"]) == {"DeepSparse fp32", "DeepSparse fp32, runs of 4", "OpenVINO bf16"}
     labels = [text.get_text() for text in fig.legends[0].texts]
     assert "DeepSparse fp32, runs of 4" in labels and drawn["faster from (%)"].isna().all()
-    note = crossing_note(drawn)
-    assert note.endswith("slower throughout, up to 80 %: DeepSparse fp32 with and without runs of 4 (32 × 128).")
-    assert "fastest" not in note, "bf16 is the fastest"
-
-
-def test_curves_that_pass_under_the_same_conditions_share_the_brackets():
-    curves = {"A": ["1 × 2", "3 × 4"], "A, runs of 4": ["1 × 2", "3 × 4"], "B": ["1 × 2"], "C, runs of 4": ["1 × 2"]}
-    assert _by_conditions(curves) == "A with and without runs of 4 (1 × 2, 3 × 4), B, C, runs of 4 (1 × 2)"
+    table = crossing_table(speed_frame([*runs, timed("openvino-bf16", None, 600)]))
+    assert table["curve"].unique().tolist() == ["DeepSparse fp32", "DeepSparse fp32, runs of 4"]
+    assert set(table["32 × 128"]) == {"never"}
 
 
 def test_speed_sentence_leaves_out_engines_without_fp32_and_says_when_dense_models_gain_more():

@@ -218,8 +218,10 @@ def movement_sentence(quality: pd.DataFrame) -> str:
     if runs.empty or not runs["constant"].any():
         return ""
     counts = runs.groupby("title", sort=False)["constant"].agg(["sum", "size"])
+    counts, others = counts[counts["sum"] > 0], runs.loc[~runs["constant"].astype(bool), "retained"].dropna()
     failed = ", ".join(f"{row.sum} of {row.size} runs on {row.Index}" for row in counts.itertuples(name="Counts"))
-    return f"Movement pruning failed here: {failed} give one answer for all."
+    kept = f" The best of the others keeps {others.max():.0f} %." if len(others) else ""
+    return f"Movement pruning failed here: {failed} give one answer for all.{kept}"
 
 
 def deviations(profile: Profile, quality: pd.DataFrame, speed: pd.DataFrame) -> list[str]:

@@ -1,6 +1,6 @@
 """The figures of notebook 03, each from frames of ``lib.analysis.obert``; all return the figure and the drawn rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,7 @@ def speed_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """Anchored time against sparsity at full depth, a panel per condition: sparse engines are curves, dense ones lines.
 
     Bars are quartiles over the runs. Where a curve passes the dense bf16 model, a bracket at its time goes from the
-    last measured sparsity at which it is slower to the first at which it is faster (``crossing_note`` says the rest).
+    last measured sparsity at which it is slower to the first at which it is faster (``crossing_table`` has the rest).
     It is a stroke where only the dense model is slower, since nothing was measured on the way, and absent where that
     one is faster already.
 
@@ -196,97 +196,81 @@ def speed_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
 
 def _speed_panel(ax: Any, here: pd.DataFrame) -> pd.DataFrame:
-    """One condition; returns the drawn rows, with column ``curve`` and, on curves, what ``crossover`` found.
-
-    The columns that end in "fastest" are about the dense model on its fastest engine, which ``fastest`` names.
-    """
+    """One condition; returns the drawn rows, with column ``curve`` and, on curves, what ``crossover`` found."""
     drawn = []
-    bf16 = here[(here["engine"] == BF16) & (here["sparsity"] == 0)]
-    level = bf16[["anchored ms", "low ms", "high ms"]].median()  # NaN, which nothing passes, where it is not measured
-    fastest = here[here["sparsity"] == 0].sort_values("anchored ms").iloc[0]
-    if len(bf16):
+    level = _dense_level(here, BF16)  # NaN, which nothing passes, where it is not measured
+    if level.notna().all():
         ax.axhspan(level["low ms"], level["high ms"], color=figures.style_of(BF16)["color"], alpha=0.15, linewidth=0)
+    sparse = set(here[here["sparsity"] > 0]["engine"])
+    for engine, rows in here[~here["engine"].isin(sparse)].groupby("engine", sort=False):
+        style, dense = figures.style_of(str(engine)), rows.head(1)
+        ax.axhline(dense["anchored ms"].item(), color=style["color"], linewidth=0.8, linestyle=figures.DASHES)
+        ax.plot([0], dense["anchored ms"], **style)
+        drawn.append(dense.assign(curve=style["label"]))
+    for name, engine, group, points in _curves(here):
+        shown = figures.style_of(engine) | {"label": name} | (IN_FOURS if group == 4 else {})
+        bars = figures.error_bars(points, "anchored ms", "low ms", "high ms")
+        ax.errorbar(points["sparsity"], points["anchored ms"], bars, capsize=1.5, elinewidth=0.7, **shown)
+        slower, faster = crossover(points, level)
+        if faster > 0:
+            ends = [slower if slower > 0 else faster, faster]
+            ax.plot(ends, 2 * [level["anchored ms"]], marker="|", markersize=9, color=shown["color"], linewidth=2)
+        found: dict[str, Any] = {"curve": name, "slower up to (%)": slower, "faster from (%)": faster}
+        drawn.append(points.assign(**found))
+    return pd.concat(drawn, ignore_index=True)
+
+
+def _curves(here: pd.DataFrame) -> Iterator[tuple[str, str, int, pd.DataFrame]]:
+    """Name, engine, run length and points, dense first, of every sparse curve under one condition."""
     for engine, rows in here.groupby("engine", sort=False):
-        style = figures.style_of(str(engine))
         start, sparse = rows[rows["sparsity"] == 0].head(1), rows[rows["sparsity"] > 0]
-        if sparse.empty:
-            ax.axhline(start["anchored ms"].item(), color=style["color"], linewidth=0.8, linestyle=figures.DASHES)
-            ax.plot([0], start["anchored ms"], **style)
-            drawn.append(start.assign(curve=style["label"]))
-        for group, curve in sparse.groupby("group"):
-            shown = style | IN_FOURS | {"label": style["label"] + FOURS} if group == 4 else style
-            points = pd.concat([start, curve]).sort_values("sparsity")
-            bars = figures.error_bars(points, "anchored ms", "low ms", "high ms")
-            ax.errorbar(points["sparsity"], points["anchored ms"], bars, capsize=1.5, elinewidth=0.7, **shown)
-            slower, faster = crossover(points, level)
-            if faster > 0:
-                ends = [slower if slower > 0 else faster, faster]
-                ax.plot(ends, 2 * [level["anchored ms"]], marker="|", markersize=9, color=style["color"], linewidth=2)
-            found = {"curve": shown["label"], "slower up to (%)": slower, "faster from (%)": faster}
-            slower, faster = crossover(points, fastest)
-            found |= {"slower up to (%), fastest": slower, "faster from (%), fastest": faster}
-            drawn.append(points.assign(**found))
-    return pd.concat(drawn, ignore_index=True).assign(fastest=fastest["engine"])
+        for group in sorted(sparse["group"].unique()):
+            name = figures.METHODS[str(engine)][2] + (FOURS if group == 4 else "")
+            points = pd.concat([start, sparse[sparse["group"] == group]]).sort_values("sparsity")
+            yield name, str(engine), int(group), points
 
 
-def crossing_note(drawn: pd.DataFrame) -> str:
-    """The caption's sentences on where curves of ``speed_figure`` pass the dense model, in bf16 and at its fastest."""
-    curves = drawn[drawn["sparsity"] > 0]
-    in_bf16 = curves.merge(drawn[drawn["engine"] == BF16][["batch", "length"]].drop_duplicates())
-    notes = []
-    if len(in_bf16):
-        notes.append(f"Against the dense model in {figures.METHODS[BF16][2]} (shaded): {_passes(in_bf16)}.")
-    if len(curves) and set(curves["fastest"]) != {BF16}:
-        engines: dict[str, list[str]] = {}
-        for batch, length, engine in curves[["batch", "length", "fastest"]].drop_duplicates().itertuples(index=False):
-            engines.setdefault(figures.METHODS[engine][2], []).append(f"{batch} × {length}")
-        names = next(iter(engines)) if len(engines) == 1 else _by_conditions(engines)
-        notes.append(f"Against it on its fastest engine, {names}: {_passes(curves, ', fastest')}.")
-    return " ".join(["At measured sparsities, by batch × tokens.", *notes]) if notes else ""
+def _dense_level(here: pd.DataFrame, engine: str) -> pd.Series:
+    """Time of the dense model on an engine under one condition, with its bars; NaN where it is not measured."""
+    rows = here[(here["engine"] == engine) & (here["sparsity"] == 0)]
+    return rows[["anchored ms", "low ms", "high ms"]].median()
 
 
-def _passes(curves: pd.DataFrame, which: str = "") -> str:
-    """Where curves pass a dense model, in words, those that do alike together.
+def crossing_table(speed: pd.DataFrame) -> pd.DataFrame:
+    """Where curves of ``speed_figure`` pass the dense model in bf16 and on its fastest engine, a column per condition.
+
+    "from 90 %": faster there and beyond; "without zeros": faster at every sparsity, 0 included; "never": slower at
+    every one; "overlap": quartiles overlap, so nothing is told. NaN where a curve or the dense model was not timed.
 
     Args:
-        which: ends the names of the columns with what ``crossover`` found.
+        speed: ``analysis.obert.speed_frame`` with at least one sparse model of full depth.
     """
-    found: dict[str, dict[str, list[str]]] = {}
-    for (batch, length, curve), points in curves.groupby(["batch", "length", "curve"], sort=False):
-        slower, faster = (points[f"{name} (%){which}"].iloc[0] for name in ("slower up to", "faster from"))
-        state = _state(slower, faster, sorted(points["sparsity"]))
-        found.setdefault(state, {}).setdefault(str(curve), []).append(f"{batch} × {length}")
-    return "; ".join(f"{state}: {_by_conditions(alike)}" for state, alike in found.items())
+    cells = []
+    full = speed[speed["layers"] == speed["total"]]
+    for (batch, length), here in full.groupby(["batch", "length"], sort=False):
+        for name, _, _, points in _curves(here):
+            for against, engine in ((figures.METHODS[BF16][2], BF16), ("its fastest engine", fastest_dense(here))):
+                level = _dense_level(here, engine)
+                state = _state(*crossover(points, level), points["sparsity"].max()) if level.notna().all() else None
+                cells.append({"curve": name, "against dense on": against, "at": f"{batch} × {length}", "state": state})
+    table = pd.DataFrame(cells, columns=["curve", "against dense on", "at", "state"])
+    rows = ["curve", "against dense on"]
+    wide = table.pivot_table(index=rows, columns="at", values="state", aggfunc="first", sort=False)
+    return wide.rename_axis(columns=None).reset_index()
 
 
-def _state(slower: float, faster: float, sparsities: Sequence[float]) -> str:
-    """How a curve lies to a dense model, from ``crossover`` and the measured ``sparsities`` above 0, ascending.
+def fastest_dense(here: pd.DataFrame) -> str:
+    """The engine on which the dense model is fastest, of rows of one condition."""
+    return str(here[here["sparsity"] == 0].sort_values("anchored ms")["engine"].iloc[0])
 
-    Nothing was measured between 0 and the first of them, so the words put no crossing there.
-    """
+
+def _state(slower: float, faster: float, last: float) -> str:
+    """A cell of ``crossing_table`` from what ``crossover`` found and the largest sparsity that was measured."""
     if faster == 0:
-        return "faster without zeros already, which is precision or engine"
-    if slower == sparsities[-1]:
-        return f"slower throughout, up to {slower:.0f} %"
-    least = "" if np.isnan(slower) else "slower without zeros" if slower == 0 else f"slower up to {slower:.0f} %"
-    if np.isnan(faster):
-        return f"{least}, beyond that quartiles overlap" if least else "quartiles overlap"
-    every = "at all measured sparsities, " if faster == sparsities[0] else ""
-    return ", ".join(filter(None, [f"faster {every}from {faster:.0f} % on", least]))
-
-
-def _by_conditions(curves: Mapping[str, Sequence[str]]) -> str:
-    """Curves in words, each with its conditions in brackets; those with the same conditions share the brackets."""
-    alike: dict[tuple[str, ...], list[str]] = {}
-    for curve, conditions in curves.items():
-        alike.setdefault(tuple(conditions), []).append(curve)
-    texts = []
-    for conditions, names in alike.items():
-        both = [name for name in names if name + FOURS in names]
-        rest = [name for name in names if name.removesuffix(FOURS) not in both]
-        words = [f"{name} with and without{FOURS.removeprefix(',')}" for name in both] + rest
-        texts.append(f"{', '.join(words)} ({', '.join(conditions)})")
-    return ", ".join(texts)
+        return "without zeros"
+    if faster > 0:
+        return f"from {faster:.0f} %" + (f", slower to {slower:.0f} %" if slower > 0 else "")
+    return "never" if slower == last else "overlap"
 
 
 def frontier_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
