@@ -16,7 +16,7 @@ from lib.intervals import bootstrap_interval
 from lib.records import Record, read_record
 from lib.settings import Profile
 from lib.sparse_storage import smallest
-from lib.specs import EngineQualitySpec, Spec, TrainSpec, spec_hash
+from lib.specs import EngineQualitySpec, Spec, TrainSpec, needed_runs, spec_hash
 
 # compressor: (name of the family, its style in lib.figures.METHODS)
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -87,9 +87,8 @@ def training_cost(record: Record, by_hash: Mapping[str, Record]) -> float:
     """
     seconds, waiting = {record.hash: _core_seconds(record)}, [record.spec]
     while waiting:
-        spec = waiting.pop()
-        for other in [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]:
-            key = spec_hash(other) if other is not None else record.hash
+        for other in needed_runs(waiting.pop()):
+            key = spec_hash(other)
             if key not in seconds:
                 seconds[key] = _core_seconds(by_hash[key]) if key in by_hash else np.nan
                 waiting.append(other)

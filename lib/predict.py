@@ -22,11 +22,12 @@ from lib.engines import ENGINES, Prepared, prepare
 from lib.environment import usable_cpus
 from lib.evaluation import predict
 from lib.local_data import Rows, read_squad
+from lib.specs import EngineQualitySpec
 from lib.surgery import load_compressed
 
 LOGITS = ("start_logits", "end_logits")
 MAX_LENGTH, STRIDE = 384, 128
-CALIBRATION = 64  # as many examples as int8 engines see for the study's scores
+CALIBRATION = EngineQualitySpec.model_fields["calibration"].default  # examples, as for the study's scores
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, context: str,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lib.config import StudyError
 from lib.labels import label
 from lib.settings import Profile, Strict
-from lib.specs import Spec, spec_hash
+from lib.specs import Spec, needed_runs, spec_hash
 
 
 class Record(Strict):
@@ -116,9 +116,7 @@ def older_than_start(records: Mapping[str, Record]) -> list[Record]:
     """
     older = []
     for record in records.values():
-        spec = record.spec
-        others = [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]
-        before = [records.get(spec_hash(other)) for other in others if other is not None]
+        before = [records.get(spec_hash(other)) for other in needed_runs(record.spec)]
         if any(other is not None and other.created > record.created for other in before):
             older.append(record)
     return older

@@ -300,6 +300,12 @@ def spec_hash(spec: Spec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def needed_runs(spec: Spec) -> list[Spec]:
+    """The runs that a run starts from, learns from or is informed by."""
+    others = [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]
+    return [other for other in others if other is not None]
+
+
 def training_settings(profile: Profile, task: str, **changes: Any) -> TrainingSettings:
     """The profile's way to fine-tune ``task``, with ``changes``.
 

@@ -361,6 +361,8 @@ def test_pairs_of_one_seed_count_once():
     one = pd.DataFrame({"task": "rte", "seed": [0, 1, 2], "gain": [1.0, 2.0, 3.0]})
     twice = pd.concat([one.assign(gain=one["gain"] - 1), one.assign(gain=one["gain"] + 1)])
     assert claims.leads("c", "p", twice, "e") == claims.leads("c", "p", one, "e")
+    alone = [claims.leads("c", "p", rows[rows["seed"] == 0], "e")["ours"] for rows in (one, twice)]
+    assert alone == ["+1.0 points, a single pair", "+1.0 points, one seed"]
 
 
 @pytest.mark.parametrize(("other", "word"), [(95.0, "holds"), (66.0, "holds in part")])

@@ -17,6 +17,7 @@ from conftest import record, small_profile
 
 from lib import benchmark, engines, experiments, fisher_speed, plans
 from lib.analysis import obert as frames
+from lib.analysis.deviations import deviations, movement_sentence
 from lib.analysis.obert import crossover, kind_of, method_of, obert_frame, published_frame, speed_frame
 from lib.claims import obert as claims_of
 from lib.config import ROOT, StudyError, load_profile
@@ -399,16 +400,16 @@ def test_curves_leave_out_models_that_answer_the_same_to_all_unless_all_do():
         _, drawn = plots.sparsity_figure(quality)
         assert set(drawn[drawn["published"].eq(False)]["method"]) == methods
         assert plots.constant_sentence(drawn, quality, "stsb") == said
-    sentence = claims_of.movement_sentence(gradual(ours, lost, ("movement", 1, 5.0, False)))
+    sentence = movement_sentence(gradual(ours, lost, ("movement", 1, 5.0, False)))
     said = "Movement pruning failed here: 1 of 2 runs on STS-B give one answer for all."
     assert sentence == said + " The best of the others keeps 5 %."
-    assert claims_of.movement_sentence(gradual(ours)) == claims_of.movement_sentence(pd.DataFrame()) == ""
+    assert movement_sentence(gradual(ours)) == movement_sentence(pd.DataFrame()) == ""
 
 
 @pytest.mark.parametrize("profile", ["quick", "study", "paper"])
 def test_deviations_have_the_profiles_own_numbers(profile):
     study = load_profile(profile)
-    text = " ".join(claims_of.deviations(study, pd.DataFrame(), pd.DataFrame()))
+    text = " ".join(deviations(study, pd.DataFrame(), pd.DataFrame()))
     assert f"has {study.obert.prunings} prunings" in text and f"takes {study.obert.gradients} gradients" in text
     assert ("language model" in text) is bool(study.obert.upstream_sparsities)
     assert (f"{TASKS['mnli'].title} 16" in text) is (profile == "paper") and "Movement" not in text

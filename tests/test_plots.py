@@ -10,9 +10,10 @@ from conftest import record
 
 from lib.analysis import machines
 from lib.analysis.block_movement import shown_task
+from lib.analysis.deviations import units_sentence
 from lib.analysis.frontier import published_curves
 from lib.analysis.obert import speed_frame
-from lib.claims.obert import _against_dense, speed_sentence, units_sentence
+from lib.claims.obert import _against_dense, speed_sentence
 from lib.config import StudyError
 from lib.figures import SERIES, series_style
 from lib.plots import frontier as frontier_plots

@@ -76,9 +76,9 @@ def timed_on(rows: pd.DataFrame) -> str:
     return f"{engines} engine{'s' * (engines > 1)} on {cpu}, batch {batch} × {length} tokens, {threads} threads"
 
 
-def signed(found: Interval, unit: str = "points") -> str:
+def signed(found: Interval, unit: str = "points", alone: str = "a single pair") -> str:
     """A difference as the reader sees it, with its interval: "+1.2 points (+0.3 to +2.0)"."""
-    spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else ", a single pair"
+    spread = f" ({found.low:+.1f} to {found.high:+.1f})" if found.n > 1 else f", {alone}"
     return f"{found.mean:+.1f} {unit}{spread}"
 
 
@@ -95,7 +95,10 @@ def leads(claim: str, printed: str, pairs: pd.DataFrame, evidence: str, unit: st
     seeds = pairs.groupby(["task", "seed"], sort=False)["gain"].mean()
     found = {str(task): t_interval(part) for task, part in seeds.groupby("task", sort=False)}
     titles = {task: TASKS[task].title if task in TASKS else task for task in found}
-    shown = [f"{signed(gain, unit)}{f' on {titles[task]}' if len(found) > 1 else ''}" for task, gain in found.items()]
+    single = pairs["task"].value_counts() == 1
+    shown = [signed(gain, unit, "a single pair" if single[task] else "one seed") for task, gain in found.items()]
+    if len(found) > 1:
+        shown = [f"{gain} on {title}" for gain, title in zip(shown, titles.values(), strict=True)]
     judged = [gain for gain in found.values() if gain.n >= ENOUGH_SEEDS]
     better, worse = [gain.low > 0 for gain in judged], [gain.high < 0 for gain in judged]
     few = [titles[task] for task, gain in found.items() if gain.n < ENOUGH_SEEDS]

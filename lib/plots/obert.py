@@ -248,9 +248,10 @@ def crossing_table(speed: pd.DataFrame) -> pd.DataFrame:
     cells = []
     full = speed[speed["layers"] == speed["total"]]
     for (batch, length), here in full.groupby(["batch", "length"], sort=False):
+        engines = {figures.METHODS[BF16][2]: BF16, "its fastest engine": fastest_dense(here)}
+        levels = {against: _dense_level(here, engine) for against, engine in engines.items()}
         for name, _, _, points in _curves(here):
-            for against, engine in ((figures.METHODS[BF16][2], BF16), ("its fastest engine", fastest_dense(here))):
-                level = _dense_level(here, engine)
+            for against, level in levels.items():
                 state = _state(*crossover(points, level), points["sparsity"].max()) if level.notna().all() else None
                 cells.append({"curve": name, "against dense on": against, "at": f"{batch} × {length}", "state": state})
     table = pd.DataFrame(cells, columns=["curve", "against dense on", "at", "state"])
