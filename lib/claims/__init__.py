@@ -11,7 +11,7 @@ import pandas as pd
 
 from lib.analysis import distinct
 from lib.data import TASKS
-from lib.intervals import Interval, t_interval
+from lib.intervals import Interval, bootstrap_interval, t_interval
 from lib.settings import Profile
 
 SIZE_TOLERANCE = 0.02  # a size holds when it is larger than the printed one by this share at most
@@ -120,18 +120,34 @@ def informative_rows(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return rows[rows["informative"]], f"; left out, dense close to one answer for all: {titles}" if titles else ""
 
 
-def retains(claim: str, printed: float, rows: pd.DataFrame, evidence: str) -> dict[str, str]:
+def kept_by_task(rows: pd.DataFrame) -> tuple[str, pd.Series]:
+    """Mean shares of the dense score per task as the reader sees them, with intervals over seeds; and the means.
+
+    Args:
+        rows: columns title, seed and retained (in percent); runs of one seed count once.
+    """
+    seeds = rows.groupby(["title", "seed"], sort=False)["retained"].mean()
+    found = {str(title): bootstrap_interval(part) for title, part in seeds.groupby("title", sort=False)}
+    shown = [
+        f"{share.mean:.1f} %{f' ({share.low:.1f}–{share.high:.1f})' if share.n > 1 else ''} on {title} (n = {share.n})"
+        for title, share in found.items()
+    ]
+    return "; ".join(shown), pd.Series({title: share.mean for title, share in found.items()})
+
+
+def retains(claim: str, share: float, rows: pd.DataFrame, evidence: str, printed: str = "") -> dict[str, str]:
     """Verdict on a claim of quality: the mean ``retained`` share against the published one, in percent, per task.
 
     Tasks with too few seeds decide nothing alone; beside others, one that misses the bound leaves *holds in part*.
 
     Args:
+        share: what the paper keeps, in percent.
         rows: columns task, title, seed and retained, one row per run.
+        printed: what the reader sees of the paper, if that is more than ``share``.
     """
-    tasks = rows.groupby("title", sort=False).agg(mean=("retained", "mean"), n=("seed", "nunique"))
-    shares = [f"{row.mean:.1f} % on {row.Index} (n = {row.n})" for row in tasks.itertuples()]
-    holds = tasks["mean"] >= printed - QUALITY_TOLERANCE
-    return verdict(claim, "quality", f"{printed:.1f} %", "; ".join(shares), holds, evidence, seeds_of(rows))
+    shown, means = kept_by_task(rows)
+    holds = means >= share - QUALITY_TOLERANCE
+    return verdict(claim, "quality", printed or f"{share:.1f} %", shown, holds, evidence, seeds_of(rows))
 
 
 def verdicts(study: Profile) -> tuple[pd.DataFrame, list[str]]:

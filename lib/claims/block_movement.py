@@ -6,17 +6,16 @@ import pandas as pd
 from lib.analysis.block_movement import PAIR, filled_speed, headline_shape, held_count, paired
 from lib.claims import (
     NOT_RUN,
-    QUALITY_TOLERANCE,
     SPEED_TOLERANCE,
     as_small,
     informative_rows,
+    kept_by_task,
     leads,
-    seeds_of,
+    retains,
     timed_on,
     verdict,
 )
 from lib.data import TASKS
-from lib.intervals import bootstrap_interval
 from lib.models import ARCHITECTURES
 from lib.published import published
 
@@ -77,16 +76,15 @@ def _kept(frame: pd.DataFrame) -> dict[str, str]:
     target = 100 - published("lagunas2021", place="v1 sec. 1", metric="weights_removed")["value"].item()
     rows, left_out = informative_rows(frame[(frame["method"] == "hybrid-filled") & frame["retained"].notna()])
     if rows.empty:
-        return _nothing(claim, f"{printed:.0f} % retained", left_out)
+        return _nothing(claim, f"{printed:.0f} %", left_out)
     distance = (rows.groupby("strength")["stored"].mean() - target).abs()
     rows = rows[rows["strength"] == distance.idxmin()]
-    found, stored = bootstrap_interval(rows["retained"]), rows["stored"].mean()
-    spread = f" ({found.low:.1f} to {found.high:.1f})" if found.n > 1 else ""
-    evidence = f"{rows['title'].iloc[0]}, hybrid filled, {100 - stored:.0f} % smaller; n = {found.n} seeds{_held(rows)}"
-    holds = bool(found.mean >= printed - QUALITY_TOLERANCE) if stored <= target + NEAR else None
-    evidence += "" if holds is not None else f"; too little is removed to compare with {100 - target:.0f} %"
-    ours = f"{found.mean:.1f} % retained{spread}"
-    return verdict(claim, "quality", f"{printed:.0f} % retained", ours, holds, evidence, seeds_of(rows))
+    stored = rows["stored"].mean()
+    evidence = f"hybrid filled, {100 - stored:.0f} % smaller{_held(rows)}"
+    if stored <= target + NEAR:
+        return retains(claim, printed, rows, evidence, f"{printed:.0f} %")
+    evidence += f"; too little is removed to compare with {100 - target:.0f} %"
+    return verdict(claim, "quality", f"{printed:.0f} %", kept_by_task(rows)[0], None, evidence)
 
 
 def _nothing(claim: str, printed: str, left_out: str) -> dict[str, str]:
@@ -199,7 +197,5 @@ def _generation(frame: pd.DataFrame) -> dict[str, str]:
     if ours.empty:
         return verdict(claim, "quality", f"{printed:.1f} % of ROUGE-L", NOT_RUN, None, "")
     mildest = ours[np.isclose(ours["strength"], ours["strength"].max())]
-    found, kept = bootstrap_interval(mildest["retained"]), mildest["density"].mean()
-    evidence = f"BLEU, {mildest['title'].iloc[0]}, {kept:.0f} % of the weights; n = {found.n} seeds"
-    holds, shown = bool(found.mean >= printed - QUALITY_TOLERANCE), f"{found.mean:.1f} % retained"
-    return verdict(claim, "quality", f"{printed:.1f} % of ROUGE-L", shown, holds, evidence, seeds_of(mildest))
+    evidence = f"BLEU, {mildest['density'].mean():.0f} % of the weights"
+    return retains(claim, printed, mildest, evidence, f"{printed:.1f} % of ROUGE-L")

@@ -3,8 +3,7 @@
 import pandas as pd
 
 from lib.analysis.fullyqt import PROCEDURES, everything, published_retained
-from lib.claims import NOT_CLAIMED, NOT_RUN, as_small, leads, seeds_of, verdict
-from lib.intervals import bootstrap_interval
+from lib.claims import NOT_CLAIMED, NOT_RUN, as_small, kept_by_task, leads, seeds_of, verdict
 from lib.published import published
 from lib.quantized_storage import exact_bytes
 from lib.translation import TranslationConfig, TranslationModel
@@ -76,7 +75,7 @@ def _lossless(claim: str, whole: pd.DataFrame, bits: int, kind: str) -> dict[str
     source = "" if claim.endswith(NOT_CLAIMED) else f"; {SECOND_HAND}"
     if rows.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
-    shown, means = _by_task(rows)
+    shown, means = kept_by_task(rows)
     evidence = f"retained score, at least {100 - LOSSLESS:.0f} %{_against_control(rows)}{source}"
     return verdict(claim, "quality", printed, shown, means >= 100 - LOSSLESS, evidence, seeds_of(rows))
 
@@ -88,16 +87,6 @@ def _against_control(rows: pd.DataFrame) -> str:
     shares = rows.dropna(subset=["controlled"]).groupby("title", sort=False)["controlled"].mean()
     each = ", ".join(f"{shares[title]:.1f} % on {title}" for title in shares.index)
     return f"; of the dense model trained on as long: {each}"
-
-
-def _by_task(rows: pd.DataFrame) -> tuple[str, pd.Series]:
-    """Retained shares as the reader sees them, and their means, per task."""
-    found = {str(title): bootstrap_interval(part) for title, part in rows.groupby("title", sort=False)["retained"]}
-    shown = [
-        f"{share.mean:.1f} %{f' ({share.low:.1f}–{share.high:.1f})' if share.n > 1 else ''} on {title} (n = {share.n})"
-        for title, share in found.items()
-    ]
-    return "; ".join(shown), pd.Series({title: share.mean for title, share in found.items()})
 
 
 def _gains_from_training(whole: pd.DataFrame, bits: int) -> dict[str, str]:
@@ -122,7 +111,7 @@ def _collapses(whole: pd.DataFrame, bits: int) -> dict[str, str]:
     means = rows.groupby(["title", "procedure"])["retained"].mean().reset_index().sort_values("retained")
     best = means.groupby("title", sort=False).last()
     chosen = [rows[(rows["title"] == title) & (rows["procedure"] == row.procedure)] for title, row in best.iterrows()]
-    shown, means_of_best = _by_task(pd.concat(chosen))
+    shown, means_of_best = kept_by_task(pd.concat(chosen))
     ways = ", ".join(PROCEDURES[name] for name in best["procedure"].unique())
     evidence = f"retained BLEU of the best way ({ways}); collapse: under {COLLAPSED:.0f} %; {SECOND_HAND}"
     return verdict(

@@ -1,13 +1,22 @@
 """The claims of McCarley, Chakravarti and Sil (2019), each checked against the records of notebook 02."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
 from lib.analysis.structured_qa import NONE, at_point, exact_sizes, published_points
-from lib.claims import NOT_RUN, QUALITY_TOLERANCE, SPEED_TOLERANCE, as_small, informative_rows, leads, timed_on, verdict
-from lib.intervals import bootstrap_interval
+from lib.claims import (
+    NOT_RUN,
+    SPEED_TOLERANCE,
+    as_small,
+    informative_rows,
+    kept_by_task,
+    leads,
+    retains,
+    seeds_of,
+    timed_on,
+    verdict,
+)
 from lib.published import published
 
 POINT = {"heads": 0.474, "units": 0.348}  # the operating point of the headline: "ff2 + attn2" of Table 1
@@ -62,18 +71,14 @@ def _points(frame: pd.DataFrame, recoveries: Sequence[str], selection: str = "l0
     return rows[rows["recovery"].isin(recoveries) & (rows["selection"] == selection)]
 
 
-def _seeds(rows: pd.DataFrame) -> int:
-    return int(rows.groupby("task")["seed"].nunique().min())
-
-
 def _lost(frame: pd.DataFrame, recovery: str, place: str) -> dict[str, str]:
     claim = "Pruned to that point and retrained, it keeps nearly all of its F1"
     table = published_points()
     row = table[(table["place"] == place) & (table["recovery"] == recovery)].iloc[0]
     rows = _points(frame, [recovery])
     if rows.empty:
-        return verdict(claim, "quality", f"{row['retained']:.1f} % retained", NOT_RUN, None, "")
-    return _quality(claim, f"{row['retained']:.1f} % retained", rows, row["retained"] - QUALITY_TOLERANCE)
+        return verdict(claim, "quality", f"{row['retained']:.1f} %", NOT_RUN, None, "")
+    return retains(claim, row["retained"], rows, _lost_points(rows))
 
 
 def _distilled(frame: pd.DataFrame) -> dict[str, str]:
@@ -83,8 +88,11 @@ def _distilled(frame: pd.DataFrame) -> dict[str, str]:
     if rows.empty:
         return verdict(claim, "quality", f"< {printed:.1f} points lost", NOT_RUN, None, "")
     best = rows.groupby("recovery")["retained"].mean().idxmax()
-    how = f"{best}; the bound here is 99 % retained, since the paper's own dense score is not at hand; "
-    return _quality(claim, f"< {printed:.1f} points lost", rows[rows["recovery"] == best], 99.0, how)
+    rows = rows[rows["recovery"] == best]
+    shown, means = kept_by_task(rows)
+    evidence = f"{best}; the bound here is 99 % retained, since the paper's own dense score is not at hand; "
+    evidence += _lost_points(rows)
+    return verdict(claim, "quality", f"< {printed:.1f} points lost", shown, means >= 99.0, evidence, seeds_of(rows))
 
 
 def _across(frame: pd.DataFrame) -> dict[str, str]:
@@ -93,12 +101,8 @@ def _across(frame: pd.DataFrame) -> dict[str, str]:
     printed = table[(table["place"] == "v1 Table 1") & (table["recovery"] == "retrain")]["retained"].item()
     rows, left_out = informative_rows(_points(frame, ["retrain and distil"]))
     if rows["task"].nunique() < 2:
-        return verdict(claim, "quality", f"{printed:.1f} % retained", NOT_RUN, None, "")
-    means = rows.groupby("title")["retained"].mean()
-    evidence = f"{', '.join(means.index)}; retrained and distilled; n = {_seeds(rows)} each at least{left_out}"
-    ours = f"{means.min():.1f} to {means.max():.1f} % retained"
-    holds = means >= printed - QUALITY_TOLERANCE
-    return verdict(claim, "quality", f"{printed:.1f} % retained", ours, holds, evidence, seeds=_seeds(rows))
+        return verdict(claim, "quality", f"{printed:.1f} %", NOT_RUN, None, "")
+    return retains(claim, printed, rows, f"retrained and distilled{left_out}")
 
 
 def _best(frame: pd.DataFrame, kind: str, others: Sequence[str]) -> dict[str, str]:
@@ -127,15 +131,9 @@ def _embedding(frame: pd.DataFrame) -> dict[str, str]:
     mildest = rows["embedding"].iloc[0]
     evidence = f"{100 * (1 - mildest):.0f} % of the dimensions closed, no retraining; the paper prints no number"
     mean = rows["retained"].mean()
-    return verdict(
-        claim, "quality", "not usable", f"{mean:.1f} % retained", bool(mean < 95), evidence, seeds=_seeds(rows)
-    )
+    return verdict(claim, "quality", "not usable", f"{mean:.1f} % retained", bool(mean < 95), evidence, seeds_of(rows))
 
 
-def _quality(claim: str, printed: str, rows: pd.DataFrame, bound: float, how: str = "") -> dict[str, Any]:
-    found = bootstrap_interval(rows["retained"])
-    spread = f" ({found.low:.1f} to {found.high:.1f})" if found.n > 1 else ""
+def _lost_points(rows: pd.DataFrame) -> str:
     lost = (100 * rows["score"] / rows["retained"] - rows["score"]).mean()
-    evidence = f"{rows['title'].iloc[0]}, {how}n = {found.n} seeds; {lost:.1f} points of F1 lost here"
-    ours = f"{found.mean:.1f} % retained{spread}"
-    return verdict(claim, "quality", printed, ours, bool(found.mean >= bound), evidence, seeds=_seeds(rows))
+    return f"{lost:.1f} points of F1 lost here"
