@@ -460,6 +460,8 @@ def test_a_data_set_on_which_no_answer_scores_nearly_as_much_decides_nothing():
     assert structured_claims._across(frame)["verdict"] == "holds in part"
     row = structured_claims._across(frame.assign(informative=frame["task"] != "squad_v2"))
     assert row["verdict"] == "holds" and "left out" in row["evidence"] and "SQuAD 2.0" in row["evidence"]
+    one_short = structured_claims._across(frame[(frame["task"] != "policyqa") | (frame["seed"] == 0)])
+    assert one_short["verdict"].startswith("too few seeds")
 
 
 def test_verdicts_on_quality_rest_on_the_first_data_set_above_its_floor():
