@@ -19,6 +19,8 @@ from lib import execute
 from lib.config import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OUTLINE = ["What the paper claims", "The idea", "Check it by hand", "The runs"]
+OUTLINE += ["Verdicts", "What deviates, and what failed", "Take away", "Provenance"]
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -28,6 +30,12 @@ def read(path: Path) -> Any:
 
 def code(path: Path) -> list[Any]:
     return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def headings(path: Path) -> list[str]:
+    """The section titles, in order."""
+    prose = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    return re.findall(r"^## (.+)$", prose, flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +85,17 @@ def test_starts_with_a_title_and_names_no_machine(path):
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(/home/|/Users/|/tmp/|[A-Z]:\\\\)", text)
+
+
+@each
+def test_no_section_comes_twice(path):
+    found = headings(path)
+    assert sorted(found) == sorted(set(found))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[2:8], ids=lambda path: path.stem)
+def test_papers_share_one_outline(path):
+    assert [title for title in headings(path) if title in OUTLINE] == OUTLINE
 
 
 @each
