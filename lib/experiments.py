@@ -147,17 +147,22 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
 
 
 def _worth_keeping(spec: TrainSpec, profile: Profile) -> bool:
-    """Whether others need the weights: dense models, what compounds start with, one seed of every retrained model."""
+    """Whether others need the weights: dense models, what compounds and engines begin with, one seed of every retrained
+    model."""
     if spec.compressor is None:
         return True
-    if spec.compressor.name == "layer_dropping":
+    name, settings = spec.compressor.name, spec.compressor.settings
+    if name == "layer_dropping":
         return spec.teacher is not None and spec.task == profile.frontier.task
-    if spec.compressor.name == "block_movement":  # the hybrid models that others fill
-        settings, wanted = spec.compressor.settings, profile.block_movement.block
+    if name == "block_movement":  # the hybrid models that others fill
+        wanted = profile.block_movement.block
         hybrid = settings.get("variant", "hybrid") == "hybrid" and "density" not in settings
         return hybrid and spec.teacher is not None and tuple(settings.get("block", ())) == wanted
-    final = spec.compressor.name in ("structured", "obert", "refill", "kronecker")
-    return final and spec.training.epochs > 0 and spec.seed == profile.seeds[0]
+    if name not in ("structured", "obert", "refill", "kronecker") or not spec.training.epochs:
+        return False
+    # INT8 compounds begin with runs of weights; models of the frontier's task go to every engine
+    others = settings.get("group", 1) > 1 if name == "obert" else spec.task == profile.frontier.task
+    return others or spec.seed == profile.seeds[0]
 
 
 def _task_data(spec: TrainSpec, profile: Profile) -> DatasetDict:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import record
 
-from lib import experiments, files, runs, speed_runs
+from lib import experiments, files, plans, runs, speed_runs
 from lib.compressors import CompressorSpec
 from lib.config import ROOT, StudyError, load_profile
 from lib.distillation import Distillation
@@ -563,6 +563,21 @@ def test_stopping_while_a_model_is_evaluated_does_not_lose_its_training(profile_
     (record,) = ensure([spec], profile)
     assert record["training"]["resumed"] == record["training"]["steps"] - 1 == 3
     assert list((profile.results / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["smoke", "study"])
+def test_weights_that_other_planned_runs_begin_with_are_kept(name, tmp_path):
+    """Otherwise a model whose record is there would be trained a second time, for whatever begins with it."""
+    profile = load_profile(name, seeds=2, results=str(tmp_path))
+    plan = {spec_hash(spec): spec for what in plans.PLANS for spec in plans.make_plan(what, profile, 0.0)}
+    begun_with = [
+        other for spec in plan.values() for other in (getattr(spec, "start", None), getattr(spec, "teacher", None))
+    ]
+    planned = [other for other in begun_with if isinstance(other, TrainSpec) and spec_hash(other) in plan]
+    compressed = {other.compressor.name for other in planned if other.compressor}
+    assert compressed >= {"layer_dropping", "obert", "structured", "kronecker", "block_movement"}
+    lost = {label(other) for other in planned if not experiments._worth_keeping(other, profile)}
+    assert not lost
 
 
 def test_a_distilled_run_end_to_end(profile):
