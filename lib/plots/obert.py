@@ -240,19 +240,22 @@ def crossing_table(speed: pd.DataFrame) -> pd.DataFrame:
     """Where curves of ``speed_figure`` pass the dense model in bf16 and on its fastest engine, a column per condition.
 
     "from 90 %": faster there and beyond; "without zeros": faster at every sparsity, 0 included; "never": slower at
-    every one; "overlap": quartiles overlap, so nothing is told. NaN where a curve or the dense model was not timed.
+    every one; "slower to 80 %" alone: slower as far as the curve goes, and sparser models were timed elsewhere only;
+    "overlap": quartiles overlap, so nothing is told. NaN where a curve or the dense model was not timed.
 
     Args:
         speed: ``analysis.obert.speed_frame`` with at least one sparse model of full depth.
     """
     cells = []
     full = speed[speed["layers"] == speed["total"]]
+    end = full["sparsity"].max()
     for (batch, length), here in full.groupby(["batch", "length"], sort=False):
         engines = {figures.METHODS[BF16][2]: BF16, "its fastest engine": fastest_dense(here)}
         levels = {against: _dense_level(here, engine) for against, engine in engines.items()}
         for name, _, _, points in _curves(here):
             for against, level in levels.items():
-                state = _state(*crossover(points, level), points["sparsity"].max()) if level.notna().all() else None
+                last = points["sparsity"].max()
+                state = _state(*crossover(points, level), last, end) if level.notna().all() else None
                 cells.append({"curve": name, "against dense on": against, "at": f"{batch} × {length}", "state": state})
     table = pd.DataFrame(cells, columns=["curve", "against dense on", "at", "state"])
     rows = ["curve", "against dense on"]
@@ -265,13 +268,15 @@ def fastest_dense(here: pd.DataFrame) -> str:
     return str(here[here["sparsity"] == 0].sort_values("anchored ms")["engine"].iloc[0])
 
 
-def _state(slower: float, faster: float, last: float) -> str:
-    """A cell of ``crossing_table`` from what ``crossover`` found and the largest sparsity that was measured."""
+def _state(slower: float, faster: float, last: float, end: float) -> str:
+    """A cell of ``crossing_table`` from what ``crossover`` found and the largest sparsity, on the curve and of all."""
     if faster == 0:
         return "without zeros"
     if faster > 0:
         return f"from {faster:.0f} %" + (f", slower to {slower:.0f} %" if slower > 0 else "")
-    return "never" if slower == last else "overlap"
+    if slower < last:
+        return "overlap"
+    return "never" if last == end else f"slower to {slower:.0f} %"
 
 
 def frontier_figure(quality: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
