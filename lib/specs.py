@@ -300,10 +300,15 @@ def spec_hash(spec: Spec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def needed_weights(spec: Spec) -> list[Spec]:
+    """The runs that a run starts from or learns from: it needs the models that they end with."""
+    others = [getattr(spec, "start", None), getattr(spec, "teacher", None)]
+    return [other for other in others if other is not None]
+
+
 def needed_runs(spec: Spec) -> list[Spec]:
     """The runs that a run starts from, learns from or is informed by."""
-    others = [getattr(spec, "start", None), getattr(spec, "teacher", None), *getattr(spec, "informed_by", ())]
-    return [other for other in others if other is not None]
+    return [*needed_weights(spec), *getattr(spec, "informed_by", ())]
 
 
 def training_settings(profile: Profile, task: str, **changes: Any) -> TrainingSettings:

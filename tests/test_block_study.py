@@ -29,7 +29,7 @@ from lib.published import published
 from lib.published_shapes import FILE, HEADLINE, distinct_shapes, published_shapes, shapes_frame
 from lib.records import record_path
 from lib.runs import ensure
-from lib.specs import LatencyModel, LatencySpec, TrainSpec, parse_spec, spec_hash
+from lib.specs import LatencyModel, LatencySpec, TrainSpec, needed_weights, parse_spec, spec_hash
 from lib.speed_runs import build, run_latency
 from lib.surgery import load_compressed
 
@@ -152,8 +152,8 @@ def test_plans_are_whole_and_read_back(name):
     assert first.teacher == specs[0] and specs[2].start == first
     hashes = [spec_hash(spec) for spec in specs]
     for spec in specs:  # what a run begins with or learns from is planned before it, wherever it is planned at all
-        for needed in (getattr(spec, "start", None), getattr(spec, "teacher", None)):
-            if needed is not None and spec_hash(needed) in hashes:
+        for needed in needed_weights(spec):
+            if spec_hash(needed) in hashes:
                 assert hashes.index(spec_hash(needed)) < hashes.index(spec_hash(spec))
 
 

@@ -88,6 +88,11 @@ def test_a_crossing_is_told_where_quartiles_are_apart_and_never_between_measured
     assert table["32 × 128"].tolist() == [said, said]
 
 
+def test_a_curve_that_overlaps_from_the_start_on_is_not_said_to_stay_slower():
+    runs = [timed("deepsparse-fp32", 0.97, 610, 600), timed("openvino-bf16", None, 600, spread=30)]
+    assert crossing_table(speed_frame(runs))["32 × 128"].tolist() == ["overlap", "overlap"]
+
+
 def test_a_curve_that_ends_early_is_not_said_to_stay_slower():
     """CSR was timed at 80 % alone: what it does at 97 %, where DeepSparse was timed, nobody knows."""
     runs = [timed("pytorch-csr-fp32", 0.8, 1000, 900), timed("deepsparse-fp32", 0.97, 1000, 900)]

@@ -36,6 +36,7 @@ from lib.specs import (
     TrainingSpeedSpec,
     TrainSpec,
     dense_spec,
+    needed_weights,
     parse_spec,
     spec_hash,
 )
@@ -570,9 +571,7 @@ def test_weights_that_other_planned_runs_begin_with_are_kept(name, tmp_path):
     """Otherwise a model whose record is there would be trained a second time, for whatever begins with it."""
     profile = load_profile(name, seeds=2, results=str(tmp_path))
     plan = {spec_hash(spec): spec for what in plans.PLANS for spec in plans.make_plan(what, profile, 0.0)}
-    begun_with = [
-        other for spec in plan.values() for other in (getattr(spec, "start", None), getattr(spec, "teacher", None))
-    ]
+    begun_with = [other for spec in plan.values() for other in needed_weights(spec)]
     planned = [other for other in begun_with if isinstance(other, TrainSpec) and spec_hash(other) in plan]
     compressed = {other.compressor.name for other in planned if other.compressor}
     assert compressed >= {"layer_dropping", "obert", "structured", "kronecker", "block_movement"}

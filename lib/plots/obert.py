@@ -253,8 +253,8 @@ def crossing_table(speed: pd.DataFrame) -> pd.DataFrame:
         engines = {figures.METHODS[BF16][2]: BF16, "its fastest engine": fastest_dense(here)}
         levels = {against: _dense_level(here, engine) for against, engine in engines.items()}
         for name, _, _, points in _curves(here):
+            last = points["sparsity"].max()
             for against, level in levels.items():
-                last = points["sparsity"].max()
                 state = _state(*crossover(points, level), last, end) if level.notna().all() else None
                 cells.append({"curve": name, "against dense on": against, "at": f"{batch} × {length}", "state": state})
     table = pd.DataFrame(cells, columns=["curve", "against dense on", "at", "state"])
@@ -274,7 +274,7 @@ def _state(slower: float, faster: float, last: float, end: float) -> str:
         return "without zeros"
     if faster > 0:
         return f"from {faster:.0f} %" + (f", slower to {slower:.0f} %" if slower > 0 else "")
-    if slower < last:
+    if slower != last:  # NaN too: not even without zeros is it slower
         return "overlap"
     return "never" if last == end else f"slower to {slower:.0f} %"
 
