@@ -10,6 +10,7 @@ from lib.specs import (
     FactorisationSpec,
     FisherCostSpec,
     ImportanceSpec,
+    LatencySpec,
     MajoritySpec,
     Spec,
     StockComparisonSpec,
@@ -45,7 +46,8 @@ def label(spec: Spec) -> str:
         return f"{spec.task}_{f'pruned_{sparsity:g}' if sparsity else 'dense'}_seed{spec.seed}"
     if isinstance(spec, ContributionSpec | MajoritySpec | StockComparisonSpec):
         return spec.task
-    return f"{spec.dense}_batch{spec.batch}_length{spec.length}"
+    where = f"_{spec.instructions}" if isinstance(spec, LatencySpec) and spec.instructions else ""
+    return f"{spec.dense}_batch{spec.batch}_length{spec.length}{where}"
 
 
 def _trained(spec: TrainSpec) -> str:

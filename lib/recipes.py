@@ -7,7 +7,7 @@ on the same plot as what it saves in time.
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ NOTHING = "nothing measured here is within it"
 
 
 def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) -> pd.DataFrame:
-    """One row per recipe, engine and seed: score through the engine, retained share, speed against the reference.
+    """One row per processor, recipe, engine and seed: score through the engine, retained share, speed against the
+    reference.
 
     Args:
         records: of ``plans.frontier``.
@@ -43,7 +44,8 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
     on the reference engine over the recipe's, ``speed q1`` and ``speed q3`` their quartiles; recipes of one shape share
     them (``timing``). A reference engine that is PyTorch in fp32 has rows as well: training measured its score.
     """
-    latency, done = timing(timed), {record.hash: record for record in records}
+    latency = {record.machine: timing(record) for record in timed} or {"": {}}
+    done = {record.hash: record for record in records}
     scored = {}
     for record in done.values():
         if isinstance(record.spec, EngineQualitySpec):
@@ -52,7 +54,7 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
             scored[record.hash, "pytorch-fp32"] = record["score"], record["model"]["size_bytes"]
     engines = dict.fromkeys((study.frontier.reference, *study.frontier.engines))
     rows = []
-    for seed in recipe_seeds(study):
+    for processor, seed in itertools.product(latency, recipe_seeds(study)):
         made = recipes(study, seed)
         dense = done.get(spec_hash(made[DENSE]))
         for name, engine in itertools.product(made, engines):
@@ -60,48 +62,55 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
                 continue
             score, size = scored[spec_hash(made[name]), engine]
             rows.append({
-                "recipe": name, "engine": engine, "seed": seed, "score": score,
+                "processor": processor, "recipe": name, "engine": engine, "seed": seed, "score": score,
                 "retained": share(score, dense["score"]), "size (MB)": size / 1e6,
-                **latency.get((name, engine), dict.fromkeys(TIMED, np.nan)),
+                **latency[processor].get((name, engine), dict.fromkeys(TIMED, np.nan)),
             })  # fmt: skip
-    return pd.DataFrame(rows, columns=["recipe", "engine", "seed", "score", "retained", "size (MB)", *TIMED])
+    columns = ["processor", "recipe", "engine", "seed", "score", "retained", "size (MB)", *TIMED]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def timing(timed: Iterable[Record]) -> dict[tuple[str, str], dict[str, float]]:
-    """The columns of ``TIMED`` for every (recipe, engine) of records of ``plans.recipe_latency``.
+def timing(record: Record) -> dict[tuple[str, str], dict[str, float]]:
+    """The columns of ``TIMED`` for every (recipe, engine) of a record of ``plans.recipe_latency``.
 
     Recipes of one shape were timed as models of their own. They are builds of the same model: all of them get the means
     of the medians, and the outermost quartiles.
     """
     found = {}
-    for record in timed:
-        shapes = record.spec.models  # type: ignore[union-attr]
-        for row in record["rows"]:
-            same = [other for other in record["rows"] if other["engine"] == row["engine"]
-                    and shapes[other["model"]] == shapes[row["model"]]]  # fmt: skip
-            ends = {"speed q1": min, "speed q3": max}
-            found[row["model"], row["engine"]] = {
-                name: float(ends.get(name, np.mean)([other[key] for other in same])) for name, key in TIMED.items()
-            }
+    shapes = record.spec.models  # type: ignore[union-attr]
+    for row in record["rows"]:
+        same = [other for other in record["rows"] if other["engine"] == row["engine"]
+                and shapes[other["model"]] == shapes[row["model"]]]  # fmt: skip
+        ends = {"speed q1": min, "speed q3": max}
+        found[row["model"], row["engine"]] = {
+            name: float(ends.get(name, np.mean)([other[key] for other in same])) for name, key in TIMED.items()
+        }
     return found
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds per recipe and engine, with the interval of the retained share and n."""
+    """Means over seeds per processor, recipe and engine, with the interval of the retained share and n."""
     rows = []
-    for (recipe, engine), group in frame.groupby(["recipe", "engine"], sort=False):
+    for (processor, recipe, engine), group in frame.groupby(["processor", "recipe", "engine"], sort=False):
         found = bootstrap_interval(group["retained"])
-        rows.append({"recipe": recipe, "engine": engine, "retained": found.mean, "low": found.low, "high": found.high,
-                     "n": found.n, **{name: group[name].mean() for name in ("size (MB)", *TIMED)}})  # fmt: skip
-    columns = ["recipe", "engine", "retained", "low", "high", "n", "size (MB)", *TIMED]
+        rows.append({"processor": processor, "recipe": recipe, "engine": engine, "retained": found.mean,
+                     "low": found.low, "high": found.high, "n": found.n,
+                     **{name: group[name].mean() for name in ("size (MB)", *TIMED)}})  # fmt: skip
+    columns = ["processor", "recipe", "engine", "retained", "low", "high", "n", "size (MB)", *TIMED]
     return pd.DataFrame(rows, columns=columns)
+
+
+def on_each(means: pd.DataFrame, choose: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+    """What ``choose`` makes of every processor's rows of ``over_seeds``, in one table that names the processor."""
+    tables = {str(name): choose(rows) for name, rows in means.groupby("processor", sort=False)}
+    return pd.concat(tables, names=["processor"]).reset_index("processor").reset_index(drop=True)
 
 
 def aims(means: pd.DataFrame, waiting: int) -> pd.DataFrame:
     """One row per aim of ``AIMS``: whether a recipe reaches it, and the fastest one that keeps what it asks for.
 
     Args:
-        means: of ``over_seeds``, the timed rows.
+        means: of ``over_seeds``, the timed rows of one processor.
         waiting: recipes that are not measured yet.
     """
     rows = []
@@ -133,12 +142,22 @@ def _outcome(quickest: pd.Series | None, speed: float, waiting: int) -> str:
 def decisions(means: pd.DataFrame, losses: Sequence[float]) -> pd.DataFrame:
     """For every loss (percent of the dense score) that one accepts: the fastest recipe, on any engine and on each.
 
+    ``means`` are rows of ``over_seeds`` of one processor, here and in ``within_latency``.
     Losses that lead to the same choice share a row. ``speed ×`` refers to the reference engine; ``× dense there`` is
     the dense model's median latency on the row's own engine over the recipe's, in the rows for any engine the dense
     model's on its fastest.
     """
     bounds = [("loss accepted (%)", f"{loss:.1f}", means["retained"] >= 100 - loss) for loss in sorted(losses)]
     return _choices(means, bounds, ["speed", "retained"])
+
+
+def targets(means: pd.DataFrame) -> list[float]:
+    """Latencies in ms, from the dense model's on its fastest engine down to a third of it; none where it is not timed.
+
+    ``means`` are rows of ``over_seeds`` of one processor.
+    """
+    fastest = means.loc[means["recipe"] == DENSE, "ms"].min()
+    return [fastest * part for part in (1, 0.75, 0.5, 0.4, 1 / 3) if fastest > 0]
 
 
 def within_latency(means: pd.DataFrame, latencies: Sequence[float]) -> pd.DataFrame:

@@ -77,7 +77,8 @@ class LatencySettings(Strict):
     """Conditions under which speed is measured: every engine, batch and length pair named here.
 
     ``comparison_examples`` is how many features the comparison with a stock Trainer trains on in each round;
-    ``compare_training`` says whether notebook 01 makes it.
+    ``compare_training`` says whether notebook 01 makes it. ``also_with`` names instruction sets: the sparse engines of
+    notebook 03 and the recipes of notebook 08 are timed once more on a processor with each of them.
     """
 
     engines: tuple[str, ...] = Field(min_length=1)
@@ -88,6 +89,7 @@ class LatencySettings(Strict):
     comparison_examples: int = Field(ge=8)
     compare_training: bool
     base_shape: Literal["tiny", "base", "large"]
+    also_with: tuple[str, ...]
 
 
 class TrainingDefaults(Strict):
@@ -272,8 +274,8 @@ class ObertSettings(Strict):
     model, ``transfer_tasks`` get its pruned encoder. ``compound_layers`` are layers kept. ``cost_weights`` is the slice
     that the Fisher's cost is measured on. Speed is measured at ``speed_conditions``, pairs of batch and tokens: dense
     models on ``dense_engines``, sparse ones on ``sparse_engines``, each group of engines in one run: the first group at
-    all ``speed_layers``, the others at the first of them. ``checkpoints`` maps published models of the hub to their
-    tasks.
+    all ``speed_layers``, the others at the first of them; processors of ``latency.also_with`` get the groups of
+    ``sparse_engines_also``. ``checkpoints`` maps published models of the hub to their tasks.
     """
 
     task: str
@@ -310,6 +312,7 @@ class ObertSettings(Strict):
     speed_rounds: PositiveInt
     dense_engines: tuple[str, ...] = Field(min_length=1)
     sparse_engines: tuple[tuple[str, ...], ...]
+    sparse_engines_also: tuple[tuple[str, ...], ...]
     checkpoints: dict[str, str] = Field(default_factory=dict)
 
 

@@ -164,7 +164,9 @@ class EngineQualitySpec(Strict):
 class LatencySpec(Strict):
     """Latency of models on engines, all interleaved in one run. ``dense`` names the model that ratios refer to.
 
-    Ratios compare with the dense model on the same engine, or on ``reference`` where one is given.
+    Ratios compare with the dense model on the same engine, or on ``reference`` where one is given. ``instructions``
+    names an instruction set without which the run is not made, so that two kinds of processors have a record each;
+    without one, whichever machine comes first makes it.
     """
 
     kind: Literal["latency"] = "latency"
@@ -176,6 +178,7 @@ class LatencySpec(Strict):
     threads: int = Field(ge=1)
     rounds: int = Field(ge=1)
     reference: str | None = None
+    instructions: str = ""
 
 
 class FisherCostSpec(Strict):

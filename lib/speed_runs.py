@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lib import benchmark, engines, model_cost, training_speed
+from lib import benchmark, engines, environment, model_cost, training_speed
 from lib.agreement import check_agreement, random_batch
 from lib.block_sparse import zero_blocks
 from lib.config import StudyError
@@ -90,6 +90,11 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
             f"latency: '{unknown[0]}' is no architecture; known: {', '.join(ARCHITECTURES)}" if unknown
             else f"latency: dense model '{spec.dense}' is not among {', '.join(spec.models)}"
         )  # fmt: skip
+    if spec.instructions not in ("", *environment.isa_flags()):
+        raise StudyError(
+            f"latency: this run is for a processor with {spec.instructions}, which this one lacks; make it on one, or "
+            "take the name out of latency.also_with"
+        )
     candidates: dict[str, Any] = {}
     sizes, agreement, file_bytes, unavailable = {}, {}, {}, {}
     vocabulary = min(ARCHITECTURES[model.architecture].vocab_size for model in spec.models.values())

@@ -182,7 +182,7 @@ def small_profile(results: Path) -> dict[str, Any]:
         }},
         "latency": {"engines": ["pytorch-fp32"], "threads": 1, "batches": [1], "lengths": [16], "rounds": 1,
                     "comparison_examples": 32, "compare_training": True,
-                    "base_shape": "tiny"},
+                    "base_shape": "tiny", "also_with": []},
         "layer_dropping": {"k": [2], "strategies": ["top"], "thresholds": [0.9],
                            "contribution_examples": 16, "grid_tasks": ["world_sentiment"],
                            "half_tasks": [], "speed_engines": ["pytorch-fp32"], "speed_k": [2],
@@ -209,6 +209,7 @@ def small_profile(results: Path) -> dict[str, Any]:
             "speed_architecture": "tiny", "speed_layers": [4, 2], "speed_sparsities": [0.9],
             "speed_conditions": [[1, 16]], "speed_rounds": 1, "dense_engines": ["pytorch-fp32"],
             "sparse_engines": [["pytorch-csr-fp32"], ["deepsparse-fp32"]],
+            "sparse_engines_also": [["pytorch-csr-fp32"]],
         },
         "block_movement": {
             "tasks": ["world_sentiment"], "variant_task": "world_sentiment", "ablation_tasks": [], "block": [4, 4],

@@ -64,6 +64,41 @@ def test_what_keeps_most_within_a_latency():
     }  # fmt: skip
 
 
+def test_every_processor_has_choices_of_its_own():
+    means = pd.concat([
+        MEANS.assign(processor="slow"), MEANS.assign(processor="fast", speed=3 * MEANS["speed"], ms=MEANS["ms"] / 3),
+    ], ignore_index=True)  # fmt: skip
+    table = recipes.on_each(means, lambda rows: recipes.decisions(rows, [5.0]))
+    assert table.columns[0] == "processor" and table["processor"].unique().tolist() == ["fast", "slow"][::-1]
+    alone = recipes.decisions(MEANS, [5.0])
+    for name, factor in (("slow", 1), ("fast", 3)):
+        part = table[table["processor"] == name].drop(columns="processor").reset_index(drop=True)
+        scaled = alone.assign(ms=alone["ms"] / factor, **{"speed ×": factor * alone["speed ×"]})
+        pd.testing.assert_frame_equal(part, scaled)
+    assert recipes.targets(MEANS) == [4.0, 3.0, 2.0, 1.6, 4 / 3] and recipes.targets(MEANS[:0]) == []
+    timely = recipes.on_each(means, lambda rows: recipes.within_latency(rows, recipes.targets(rows)[:1]))
+    assert timely.drop_duplicates("processor")["at most (ms)"].tolist() == ["4", "1.33"]
+    untimed = means.assign(ms=np.nan, speed=np.nan)
+    assert recipes.on_each(untimed, lambda rows: recipes.within_latency(rows, recipes.targets(rows))).empty
+
+
+def test_recipes_timed_on_two_processors_have_rows_for_both(series):
+    study, records, (timed,) = series
+    faster = [row | {"median_ms": row["median_ms"] / 2} for row in timed["rows"]]
+    other = timed.model_copy(update={
+        "spec": timed.spec.model_copy(update={"instructions": "amx_tile"}),
+        "result": {**timed.result, "rows": faster}, "hardware": {**timed.hardware, "cpu": "another", "gpu": None},
+    })  # fmt: skip
+    both = recipes.over_seeds(recipes.by_seed(study, records, [timed, other]))
+    alone = recipes.over_seeds(recipes.by_seed(study, records, [timed]))
+    assert both["processor"].unique().tolist() == [timed.machine, "another"] and len(both) == 2 * len(alone)
+    first, second = both[: len(alone)], both[len(alone) :].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first, alone)
+    np.testing.assert_allclose(second["ms"], first["ms"] / 2)
+    assert second["retained"].tolist() == first["retained"].tolist()
+    assert recipes.by_seed(study, records, [])["processor"].unique().tolist() == [""]
+
+
 @pytest.mark.parametrize(
     ("changes", "waiting", "outcome"),
     [
@@ -242,7 +277,7 @@ def test_recipes_of_one_shape_share_their_times(series):
     dense = next(row for row in rows if row["model"] == first and row["engine"] == "pytorch-fp32")
     slower = {"median_ms": dense["median_ms"] + 2, "ratio_to_dense": 0.5, "ratio_q1": 0.4, "ratio_q3": 0.6}
     twin = record.model_copy(update={"spec": spec, "result": {"rows": [*rows, {**dense, **slower, "model": other}]}})
-    found = recipes.timing([twin])
+    found = recipes.timing(twin)
     assert found[first, "pytorch-fp32"] == found[other, "pytorch-fp32"]
     assert found[first, "pytorch-fp32"]["ms"] == pytest.approx(dense["median_ms"] + 1)
     assert (found[first, "pytorch-fp32"]["speed q1"], found[first, "pytorch-fp32"]["speed q3"]) == (0.4, 1.0)

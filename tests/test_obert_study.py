@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import record, small_profile
 
-from lib import benchmark, engines, experiments, fisher_speed, plans
+from lib import benchmark, engines, environment, experiments, fisher_speed, plans
 from lib.analysis import obert as frames
 from lib.analysis.deviations import deviations, movement_sentence
 from lib.analysis.obert import crossover, kind_of, method_of, obert_frame, published_frame, speed_frame
@@ -42,8 +42,10 @@ from lib.plans.obert import (
     transfer,
 )
 from lib.plots import obert as plots
+from lib.records import record_path
 from lib.runs import ensure
 from lib.specs import LatencySpec, TrainSpec, UpstreamSpec, parse_spec, spec_hash
+from lib.speed_runs import run_latency
 from lib.training import TrainingSettings
 from lib.upstream import (
     IGNORED,
@@ -177,6 +179,26 @@ def test_engines_that_are_not_here_are_left_out_of_the_plan(study, monkeypatch):
     assert [spec.engines for spec in plan] == [("pytorch-fp32",), ("pytorch-csr-fp32",), ("pytorch-csr-fp32",)]
     assert all(isinstance(spec, LatencySpec) and spec.dense == "4 layers dense" in spec.models for spec in plan)
     assert {model.group for spec in plan for model in spec.models.values() if model.sparsity} == {1, 4}
+
+
+def test_a_kind_of_processor_is_timed_where_it_is_at_hand(study, monkeypatch):
+    """Its runs come last, have names of their own, and are planned elsewhere only where they are recorded."""
+    latency = study.latency.model_copy(update={"also_with": ("amx_tile",)})
+    there = study.model_copy(update={"latency": latency})
+    monkeypatch.setattr(environment, "isa_flags", lambda: ("amx_tile",))
+    plain, plan = sparse_speed(study), sparse_speed(there)
+    assert plan[: len(plain)] == plain
+    assert {spec.instructions for spec in plan[len(plain) :]} == {"amx_tile"}
+    assert [spec.engines for spec in plan[len(plain) :]] == [("pytorch-fp32",), *2 * [("pytorch-csr-fp32",)]]
+    assert len({spec_hash(spec) for spec in plan}) == len(plan)
+    assert record_path(there, plan[-1]).name.startswith("latency-4 layers dense_batch1_length16_amx_tile-")
+    monkeypatch.setattr(environment, "isa_flags", lambda: ("avx2",))
+    assert sparse_speed(there) == plain
+    with pytest.raises(StudyError, match="is for a processor with amx_tile, which this one lacks"):
+        run_latency(plan[-1])
+    wrong = study.model_copy(update={"latency": latency.model_copy(update={"also_with": ("amx",)})})
+    with pytest.raises(StudyError, match=r"latency\.also_with: 'amx' is no instruction set of avx2, "):
+        sparse_speed(wrong)
 
 
 def test_a_run_on_a_sparse_engine_holds_the_models_of_one_sparsity(study):

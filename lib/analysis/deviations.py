@@ -34,7 +34,7 @@ def deviations(profile: Profile, quality: pd.DataFrame, speed: pd.DataFrame) -> 
             "not tried."
         )
     if len(speed) and (units := units_sentence(speed)):
-        lines.append(f"Speed is that of the machine which the table names. {units}")
+        lines.append(f"Speed is that of the machines which the tables name. {units}")
     return lines
 
 
@@ -44,7 +44,7 @@ def units_sentence(speed: pd.DataFrame) -> str:
     Args:
         speed: ``analysis.obert.speed_frame``.
     """
-    texts = []
+    texts, measured = [], speed["isa"].str.contains("amx").any()
     for cpu, runs in speed.groupby("cpu", sort=False)["isa"]:
         flags = dict.fromkeys(" ".join(runs).split())
         matrix = [flag for flag in flags if flag.startswith("amx")]
@@ -53,8 +53,8 @@ def units_sentence(speed: pd.DataFrame) -> str:
             texts.append(f"{cpu} has matrix units for bf16 and INT8 ({', '.join(matrix)}).")
         elif vector:
             texts.append(
-                f"{cpu} has vector instructions for bf16 and INT8 ({', '.join(vector)}) and no matrix units (AMX): a "
-                "dense model on those was not measured in this comparison."
+                f"{cpu} has vector instructions for bf16 and INT8 ({', '.join(vector)}) and no matrix units (AMX)"
+                + ("." if measured else ": a dense model on those was not measured in this comparison.")
             )
     return " ".join(texts)
 

@@ -195,8 +195,9 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     engine of the same family (NaN where there is none), ``over best dense`` to the dense full model on the fastest
     engine under the same conditions, which is what a sparse model has to beat, with ``… low`` and ``… high``.
 
-    Times of two machines are never compared: of each batch and length, the runs of that processor are here which has
-    most of them.
+    Times of two machines are never compared: ``instructions`` (of the spec, "" for any processor) tells rows apart
+    that were timed for a kind of processor, and of those for any, at each batch and length, the runs of that processor
+    are here which has most of them.
     """
     rows = []
     for record in records:
@@ -212,13 +213,13 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
                 "sparsity": 100 * model.sparsity, "group": model.group, "batch": row["batch"], "length": row["length"],
                 "threads": row["threads"], "n": row["n"], "ms": row["median_ms"], "q1_ms": row["q1_ms"],
                 "q3_ms": row["q3_ms"], "run": record.hash, "cpu": record.hardware.get("cpu", ""),
-                "isa": " ".join(record.hardware.get("isa", ())),
+                "isa": " ".join(record.hardware.get("isa", ())), "instructions": spec.instructions,
                 "file (MB)": row["size_bytes"] / 1e6,
             })  # fmt: skip
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame
-    condition = ["batch", "length"]
+    condition = ["instructions", "batch", "length"]
     runs = frame.groupby([*condition, "cpu"])["run"].nunique().sort_values(ascending=False, kind="stable")
     most = runs.reset_index().drop_duplicates(condition).set_index(condition)["cpu"]
     frame = frame[frame["cpu"] == _beside(frame, most)].reset_index(drop=True)

@@ -1,8 +1,9 @@
 """Plans that every notebook may use: the dense models, their latency on every engine, the training loop's speed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from lib import engines
+from lib import engines, environment
+from lib.config import StudyError
 from lib.data import get_task
 from lib.models import layer_count, load_config
 from lib.records import record_path
@@ -45,12 +46,25 @@ def engine_latency(profile: Profile) -> list[Spec]:
     ]  # fmt: skip
 
 
+def on_other_processors(profile: Profile, specs: Sequence[LatencySpec]) -> list[LatencySpec]:
+    """``specs`` once more for a processor with each instruction set of ``latency.also_with``.
+
+    Raises:
+        StudyError: a name that no record's hardware could have.
+    """
+    kinds, known = profile.latency.also_with, environment.ISA_OF_INTEREST
+    if unknown := [name for name in kinds if name not in known]:
+        raise StudyError(f"latency.also_with: '{unknown[0]}' is no instruction set of {', '.join(known)}")
+    return [spec.model_copy(update={"instructions": kind}) for kind in kinds for spec in specs]
+
+
 def at_hand(profile: Profile, specs: Iterable[LatencySpec]) -> list[Spec]:
-    """Those of ``specs`` that one of their engines can run here, or that are recorded."""
+    """Those of ``specs`` that this processor and one of their engines can run, or that are recorded."""
+    here = ("", *environment.isa_flags())
     return [
         spec
         for spec in specs
-        if any(engines.unavailable_reason(engine) is None for engine in spec.engines)
+        if (spec.instructions in here and any(engines.unavailable_reason(engine) is None for engine in spec.engines))
         or record_path(profile, spec).exists()
     ]
 

@@ -11,7 +11,7 @@ from lib.kronecker_models import configuration
 from lib.models import ARCHITECTURES
 from lib.plans.block_movement import filled
 from lib.plans.block_movement import pruned as pruned_in_blocks
-from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
+from lib.plans.common import SPEED_ARCHITECTURES, at_hand, encoder_layers, on_other_processors
 from lib.plans.kronecker import task_stage
 from lib.plans.poor_mans_bert import dropped_and_distilled
 from lib.plans.structured_qa import pruned
@@ -117,12 +117,11 @@ def recipe_latency(profile: Profile, records: list[Record]) -> list[Spec]:
         elif record is not None and name != DENSE:
             models[name] = latency_model(record, architecture)
     engines = tuple(dict.fromkeys((settings.reference, *settings.engines)))
-    return [
-        LatencySpec(
-            models=models, dense=DENSE, engines=engines, batch=settings.batch, length=settings.length,
-            threads=latency.threads, rounds=latency.rounds, reference=settings.reference,
-        )
-    ]  # fmt: skip
+    run = LatencySpec(
+        models=models, dense=DENSE, engines=engines, batch=settings.batch, length=settings.length,
+        threads=latency.threads, rounds=latency.rounds, reference=settings.reference,
+    )  # fmt: skip
+    return at_hand(profile, [run, *on_other_processors(profile, [run])])
 
 
 def timed_architecture(profile: Profile) -> str:

@@ -12,7 +12,7 @@ from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.models import ARCHITECTURES, layer_count
 from lib.plans.block_movement import UNSTRUCTURED
-from lib.plans.common import at_hand, encoder_layers
+from lib.plans.common import at_hand, encoder_layers, on_other_processors
 from lib.settings import Profile
 from lib.specs import (
     FisherCostSpec,
@@ -284,8 +284,9 @@ def sparse_speed(profile: Profile) -> list[Spec]:
     """Latency at the published size: dense models on dense engines, sparse ones on sparse engines.
 
     Every run has the whole dense model in it, and those of the first sparsity the dense model of their own depth. The
-    conditions of one set of models follow each other, so that its exports are used again. Runs none of whose engines is
-    here are left out unless they are recorded.
+    conditions of one set of models follow each other, so that its exports are used again. Processors of
+    ``latency.also_with`` come last. Runs that this processor or none of their engines here can make are left out unless
+    they are recorded.
     """
     settings = profile.obert
     architecture = settings.speed_architecture
@@ -304,16 +305,20 @@ def sparse_speed(profile: Profile) -> list[Spec]:
             threads=profile.latency.threads, rounds=settings.speed_rounds,
         )  # fmt: skip
 
-    dense = {name: made for layers in settings.speed_layers for name, made in model(layers).items()}
-    plan = [run(dense, settings.dense_engines, *condition) for condition in settings.speed_conditions]
-    for number, group in enumerate(settings.sparse_engines):
-        for layers in settings.speed_layers if number == 0 else settings.speed_layers[:1]:
-            for place, sparsity in enumerate(settings.speed_sparsities):
-                # one sparsity a run: an engine like DeepSparse holds gigabytes for every model and batch
-                sparse = model(layers, sparsity, 1) | model(layers, sparsity, 4)
-                models = sparse if place else model(layers) | sparse
-                plan += [run(models, group, *condition) for condition in settings.speed_conditions]
-    return at_hand(profile, plan)
+    def on(groups: tuple[tuple[str, ...], ...]) -> list[LatencySpec]:
+        dense = {name: made for layers in settings.speed_layers for name, made in model(layers).items()}
+        plan = [run(dense, settings.dense_engines, *condition) for condition in settings.speed_conditions]
+        for number, group in enumerate(groups):
+            for layers in settings.speed_layers if number == 0 else settings.speed_layers[:1]:
+                for place, sparsity in enumerate(settings.speed_sparsities):
+                    # one sparsity a run: an engine like DeepSparse holds gigabytes for every model and batch
+                    sparse = model(layers, sparsity, 1) | model(layers, sparsity, 4)
+                    models = sparse if place else model(layers) | sparse
+                    plan += [run(models, group, *condition) for condition in settings.speed_conditions]
+        return plan
+
+    also = on_other_processors(profile, on(settings.sparse_engines_also))
+    return at_hand(profile, [*on(settings.sparse_engines), *also])
 
 
 def published_checkpoints(profile: Profile) -> list[Spec]:

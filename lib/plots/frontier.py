@@ -1,5 +1,7 @@
 """The figures of notebook 08: every method on one set of axes, and the recipes on engines."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -127,18 +129,31 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
     """Retained share against speed of every recipe and engine, with the Pareto front named and the aims as crosses.
 
     Args:
-        means: of ``recipes.over_seeds``, at least one row.
+        means: of ``recipes.over_seeds``, at least one row; a panel for each processor.
         aims: pairs of speed and retained share (percent).
         x: name of the axis of speed.
     """
-    fig, ax = figures.new_figure("page", height=3.2)
+    processors = list(means.groupby("processor", sort=False))
+    fig, axes = figures.panels(len(processors), across=1, row=2.4, margin=0.8, sharex=True)
+    for ax, (processor, rows) in zip(axes, processors, strict=True):
+        _recipes_panel(ax, rows)
+        ax.plot(*zip(*aims, strict=True), "x", color=figures.VERMILION, label="the aims")
+        ax.set(ylabel="retained share (%)", title=processor if len(processors) > 1 else "")
+        figures.retained_line(ax, 100)
+    axes[-1].set_xlabel(x)
+    figures.outside_legend(fig)
+    return fig
+
+
+def _recipes_panel(ax: Axes, means: pd.DataFrame) -> None:
+    """One processor's recipes on every engine, and the Pareto front through them."""
     for engine, part in means.groupby("engine", sort=False):
         errors = figures.error_bars(part, "retained")
         style = figures.style_of(str(engine)) | {"linestyle": ""}
         aside = figures.error_bars(part, "speed", "speed q1", "speed q3")
         ax.errorbar(part["speed"], part["retained"], errors, aside, elinewidth=0.7, **style)
     front = frontier.pareto(means.assign(slowness=-means["speed"]), "slowness", "retained")
-    look = {"color": figures.GREY, "linewidth": 0.8, "zorder": 0, "label": "Pareto front"}
+    look: dict[str, Any] = {"color": figures.GREY, "linewidth": 0.8, "zorder": 0, "label": "Pareto front"}
     ax.step(front["speed"], front["retained"], where="post", **look)  # from the fastest on: what at least x times keeps
     named = front.sort_values("speed").drop_duplicates("recipe", keep="last")
     crowded = (named["speed"].diff(-1).abs() < 0.1 * means["speed"].max()) & (named["retained"].diff(-1).abs() < 0.5)
@@ -148,8 +163,3 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
         place = {"xytext": (-2, -20), "ha": "right", "arrowprops": line} if near else {"xytext": (4, 3)}
         at = (row["speed"], row["retained"])
         ax.annotate(row["recipe"], at, textcoords="offset points", fontsize=6, bbox=blank, **place)
-    ax.plot(*zip(*aims, strict=True), "x", color=figures.VERMILION, label="the aims")
-    ax.set(xlabel=x, ylabel="retained share (%)")
-    figures.retained_line(ax, 100)
-    figures.outside_legend(fig)
-    return fig
