@@ -1,8 +1,8 @@
 """The papers' claims, each checked against records: one module per paper, one row per claim.
 
-A claim is split by what can be checked here: *size* (exact counts), *speed* (published shapes, this machine), *quality*
-(retained share on the profile's encoder and data), *original setting* (profile ``paper``). A row whose records do not
-exist yet says so instead of guessing.
+A claim is split by what can be checked here: *size* (exact counts), *speed* (published shapes, on each
+processor that was timed), *quality* (retained share on the profile's encoder and data), *original setting* (profile
+``paper``). A row whose records do not exist yet says so instead of guessing.
 """
 
 from collections.abc import Iterable
@@ -20,13 +20,13 @@ QUALITY_TOLERANCE = 2.0  # points of retained share
 ENOUGH_SEEDS = 2  # below this a difference in quality may be the seed's
 RULES = (
     "*Size* is exact arithmetic on the published architecture and holds where it is at most "
-    f"{100 * SIZE_TOLERANCE:.0f} % above the printed one. *Speed* is measured at the published shape on this machine "
-    f"(the papers' numbers are mostly a GPU's) and holds from {100 * SPEED_TOLERANCE:.0f} % of the printed one. "
-    "*Quality* compares shares of the dense model's score on this profile's encoder and data, and holds from "
-    f"{QUALITY_TOLERANCE:.0f} points below the printed share. Where another bound is used, the evidence names it; "
-    "where only some engines or tasks reach it, a claim *holds in part*. Whether one method is better than "
-    "another is judged by paired runs, on every task for itself unless the evidence says that it is over tasks, "
-    "and cannot be told where the 95 % Student t interval holds zero. Fewer than "
+    f"{100 * SIZE_TOLERANCE:.0f} % above the printed one. *Speed* is measured at the published shape on the processors "
+    "that are named beside it (the papers' numbers are mostly a GPU's) and holds from "
+    f"{100 * SPEED_TOLERANCE:.0f} % of the printed one. *Quality* compares shares of the dense model's score on this "
+    f"profile's encoder and data, and holds from {QUALITY_TOLERANCE:.0f} points below the printed share. Where another "
+    "bound is used, the evidence names it; where only some engines, processors or tasks reach it, a claim *holds "
+    "in part*. Whether one method is better than another is judged by paired runs, on every task for itself unless the "
+    "evidence says that it is over tasks, and cannot be told where the 95 % Student t interval holds zero. Fewer than "
     f"{ENOUGH_SEEDS} seeds decide nothing about quality; a task with fewer, beside one with enough, may turn "
     "*holds* into *holds in part*. Times of different runs decide nothing where their quartiles overlap. *Not "
     "testable here* is what this profile's encoder or data cannot show; *not run yet* waits for its records."
@@ -51,8 +51,8 @@ def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Itera
     Args:
         check: "size", "speed", "quality" or "original setting".
         ours: what was measured, or ``NOT_RUN``, which is the verdict as well.
-        holds: one answer, or one for each engine or task, of which some may hold and others not; None means that the
-            records at hand cannot tell.
+        holds: one answer, or one for each engine, processor or task, of which some may hold and others not;
+            None means that the records at hand cannot tell.
         seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
     """
     word = ours if ours == NOT_RUN else "not testable here"
