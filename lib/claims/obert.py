@@ -167,12 +167,13 @@ def _over_best_dense(speed: pd.DataFrame) -> pd.DataFrame:
 
 def _shown(best: pd.DataFrame) -> tuple[str, str]:
     """Rows of ``_over_best_dense`` in words, and why some of them decide nothing."""
-    texts = []
+    texts, several = [], best["cpu"].nunique() > 1
     for cpu, part in best.groupby("cpu", sort=False):
-        texts.append(f"on {cpu} " + "; ".join(
+        ratios = "; ".join(
             f"{row['over best dense']:.2f} × ({row['over best dense low']:.2f} to {row['over best dense high']:.2f}; "
             f"{_timed(row)})" for _, row in part.iterrows()
-        ))  # fmt: skip
+        )  # fmt: skip
+        texts.append(f"on {cpu} {ratios}" if several else ratios)
     overlap = _overlaps(best)
     where = "" if overlap.all() else f" at {overlap.sum()} of {len(best)} conditions"
     undecided = f"different runs, and the quartiles (in brackets) overlap{where}" if overlap.any() else ""

@@ -137,7 +137,7 @@ def recipes_on_engines(means: pd.DataFrame, aims: tuple[tuple[float, float], ...
     fig, axes = figures.panels(len(processors), across=1, row=2.4, margin=0.8, sharex=True)
     for ax, (processor, rows) in zip(axes, processors, strict=True):
         _recipes_panel(ax, rows)
-        ax.plot(*zip(*aims, strict=True), "x", color=figures.VERMILION, label="the aims")
+        ax.plot(*zip(*aims, strict=True), "x", color=figures.VERMILION, zorder=5, label="the aims")  # above names
         ax.set(ylabel="retained share (%)", title=processor if len(processors) > 1 else "")
         figures.retained_line(ax, 100)
     axes[-1].set_xlabel(x)
