@@ -460,6 +460,12 @@ def test_block_sizes_are_compared_on_the_seeds_and_the_strength_that_all_have():
     _, rows = plots.block_sizes(trials, ["2 × 2", "4 × 4", "8 × 8"])
     assert rows.set_index("block")["retained"].to_dict() == {"2 × 2": 70.0, "4 × 4": pytest.approx(90.1), "8 × 8": 80.0}
     assert set(rows["n"]) == {1}
+    twice = pd.concat([trials, trials.assign(seed=2, retained=trials["retained"] + 4)])
+    fig, rows = plots.block_sizes(twice, ["8 × 8"])
+    eights = rows[rows["block"] == "8 × 8"]
+    assert eights[["low", "retained", "high", "n"]].values.tolist() == [[80, 82, 84, 2]]
+    ends = [bar.get_segments()[0][:, 1].tolist() for ax in fig.axes for bar in ax.collections if bar.get_segments()]
+    assert ends == [[80, 84]] * 2
     assert frames.block_trials(frame, ["4 × 4"]).empty
 
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib import figures
+from lib.analysis import summarise
 from lib.analysis.block_movement import alive, history_frame, score_counts, survivors
 from lib.intervals import bootstrap_interval
 from lib.plots.over_training import cell_edges, density_over_training
@@ -146,20 +147,20 @@ def block_sizes(frame: pd.DataFrame, sizes: Sequence[str]) -> tuple[Figure, pd.D
     """Retained share against weights left (left) and against weights stored after removal (right), by block size.
 
     Args:
-        frame: ``analysis.block_movement.block_trials``; one colour per block size, one marker per task, and a ring
-            where the least density held in a run.
+        frame: ``analysis.block_movement.block_trials``; one colour per block size, one marker per task, bars over
+            seeds, and a ring where the least density held in a run.
     """
     fig, axes = figures.new_figure("page", 1, 2, sharey=True)
-    rows = frame.groupby(["block", "title"], sort=False).agg(
-        density=("density", "mean"), stored=("stored", "mean"), retained=("retained", "mean"), n=("seed", "size"),
-        held=("held", "any"),
-    ).reset_index()  # fmt: skip
+    by, frame = ["block", "title"], frame.dropna(subset=["retained"])
+    sizes_left = frame.groupby(by).agg(density=("density", "mean"), stored=("stored", "mean"), held=("held", "any"))
+    rows = summarise(frame, by, "retained").join(sizes_left, on=by)
     titles = list(dict.fromkeys(rows["title"]))
     for size, color in zip(sizes, SHADES, strict=False):
         for title, marker in zip(titles, "os^D", strict=False):
             part = rows[(rows["block"] == size) & (rows["title"] == title)]
             for ax, x in zip(axes, ("density", "stored"), strict=True):
-                ax.plot(part[x], part["retained"], marker=marker, color=color, linestyle="", label=f"{size}, {title}")
+                style = {"marker": marker, "color": color, "linestyle": "", "label": f"{size}, {title}"}
+                ax.errorbar(part[x], part["retained"], figures.error_bars(part, "retained"), elinewidth=0.7, **style)
     for ax, x, label in zip(
         axes, ("density", "stored"), ("weights left (%)", "weights stored after removal (%)"), strict=True
     ):
