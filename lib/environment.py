@@ -68,6 +68,11 @@ def isa_flags() -> tuple[str, ...]:
     return tuple(flag for flag in ISA_OF_INTEREST if flag in flags)
 
 
+def offers(instructions: str) -> bool:
+    """Whether this processor has an instruction set of interest, by its name there; "" asks for none."""
+    return instructions in ("", *isa_flags())
+
+
 def native_bf16(device: str = "cpu") -> bool:
     """Whether ``device`` ("cpu" or "cuda") multiplies bfloat16 in hardware; without it bf16 is emulated and slow."""
     if device.startswith("cuda"):

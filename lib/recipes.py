@@ -44,7 +44,7 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
     on the reference engine over the recipe's, ``speed q1`` and ``speed q3`` their quartiles; recipes of one shape share
     them (``timing``). A reference engine that is PyTorch in fp32 has rows as well: training measured its score.
     """
-    latency = {record.machine: timing(record) for record in timed} or {"": {}}
+    latency = {record.hardware.get("cpu", ""): timing(record) for record in timed} or {"": {}}
     done = {record.hash: record for record in records}
     scored = {}
     for record in done.values():
@@ -54,8 +54,8 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
             scored[record.hash, "pytorch-fp32"] = record["score"], record["model"]["size_bytes"]
     engines = dict.fromkeys((study.frontier.reference, *study.frontier.engines))
     rows = []
-    for processor, seed in itertools.product(latency, recipe_seeds(study)):
-        made = recipes(study, seed)
+    by_seeds = {seed: recipes(study, seed) for seed in recipe_seeds(study)}
+    for processor, (seed, made) in itertools.product(latency, by_seeds.items()):
         dense = done.get(spec_hash(made[DENSE]))
         for name, engine in itertools.product(made, engines):
             if dense is None or (spec_hash(made[name]), engine) not in scored:

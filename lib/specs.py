@@ -1,6 +1,7 @@
 """What can be asked for: specs. A spec names everything that can change a result, and its hash names the record.
 
-No path and no machine is part of a spec, so a record made elsewhere is found here.
+No path and no machine is part of a spec, so a record made elsewhere is found here; a latency may name an
+instruction set, which several machines have.
 """
 
 import hashlib

@@ -90,7 +90,7 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
             f"latency: '{unknown[0]}' is no architecture; known: {', '.join(ARCHITECTURES)}" if unknown
             else f"latency: dense model '{spec.dense}' is not among {', '.join(spec.models)}"
         )  # fmt: skip
-    if spec.instructions not in ("", *environment.isa_flags()):
+    if not environment.offers(spec.instructions):
         raise StudyError(
             f"latency: this run is for a processor with {spec.instructions}, which this one lacks; make it on one, or "
             "take the name out of latency.also_with"

@@ -69,7 +69,7 @@ def test_every_processor_has_choices_of_its_own():
         MEANS.assign(processor="slow"), MEANS.assign(processor="fast", speed=3 * MEANS["speed"], ms=MEANS["ms"] / 3),
     ], ignore_index=True)  # fmt: skip
     table = recipes.on_each(means, lambda rows: recipes.decisions(rows, [5.0]))
-    assert table.columns[0] == "processor" and table["processor"].unique().tolist() == ["fast", "slow"][::-1]
+    assert table.columns[0] == "processor" and table["processor"].unique().tolist() == ["slow", "fast"]
     alone = recipes.decisions(MEANS, [5.0])
     for name, factor in (("slow", 1), ("fast", 3)):
         part = table[table["processor"] == name].drop(columns="processor").reset_index(drop=True)
@@ -87,11 +87,11 @@ def test_recipes_timed_on_two_processors_have_rows_for_both(series):
     faster = [row | {"median_ms": row["median_ms"] / 2} for row in timed["rows"]]
     other = timed.model_copy(update={
         "spec": timed.spec.model_copy(update={"instructions": "amx_tile"}),
-        "result": {**timed.result, "rows": faster}, "hardware": {**timed.hardware, "cpu": "another", "gpu": None},
+        "result": {**timed.result, "rows": faster}, "hardware": {**timed.hardware, "cpu": "another", "gpu": "a GPU"},
     })  # fmt: skip
     both = recipes.over_seeds(recipes.by_seed(study, records, [timed, other]))
     alone = recipes.over_seeds(recipes.by_seed(study, records, [timed]))
-    assert both["processor"].unique().tolist() == [timed.machine, "another"] and len(both) == 2 * len(alone)
+    assert both["processor"].unique().tolist() == [timed.hardware["cpu"], "another"] and len(both) == 2 * len(alone)
     first, second = both[: len(alone)], both[len(alone) :].reset_index(drop=True)
     pd.testing.assert_frame_equal(first, alone)
     np.testing.assert_allclose(second["ms"], first["ms"] / 2)

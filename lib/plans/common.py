@@ -60,11 +60,13 @@ def on_other_processors(profile: Profile, specs: Sequence[LatencySpec]) -> list[
 
 def at_hand(profile: Profile, specs: Iterable[LatencySpec]) -> list[Spec]:
     """Those of ``specs`` that this processor and one of their engines can run, or that are recorded."""
-    here = ("", *environment.isa_flags())
     return [
         spec
         for spec in specs
-        if (spec.instructions in here and any(engines.unavailable_reason(engine) is None for engine in spec.engines))
+        if (
+            environment.offers(spec.instructions)
+            and any(engines.unavailable_reason(engine) is None for engine in spec.engines)
+        )
         or record_path(profile, spec).exists()
     ]
 
