@@ -38,7 +38,7 @@ from lib.config import StudyError
 from lib.engines import ENGINES, Prepared, available_engines, prepare, unavailable_reason
 from lib.fisher_speed import fisher_report
 from lib.model_cost import flops
-from lib.models import ARCHITECTURES, layers, load_model, random_model
+from lib.models import SPEED_ARCHITECTURES, architecture_of, layers, load_model, random_model
 from lib.onnx_export import evaluation_copy, quiet
 from lib.surgery import drop_layers
 from lib.training_speed import overhead_report, training_report
@@ -163,14 +163,13 @@ def _undisturbed(threads: int) -> Iterator[None]:
             gc.enable()
 
 
-# Short names for published shapes; their weights are random, which latency does not notice.
-_SHAPES = {"tiny": "tiny", "base": "bert-base-uncased", "large": "bert-large-uncased"}
-
-
 def _encoder(name: str) -> Any:
-    """A QA model for ``--encoder``: a published shape with random weights, or any encoder that the study can load."""
-    shape = _SHAPES.get(name, name)
-    if shape in ARCHITECTURES and shape != "minilm":
+    """A QA model for ``--encoder``: any encoder that the study can load, or a published shape.
+
+    The weights of a shape are random, which latency does not notice.
+    """
+    shape = SPEED_ARCHITECTURES.get(name) or architecture_of(name)
+    if shape is not None and shape != "minilm":
         return random_model(shape)
     disable_progress_bar()
     with quiet():

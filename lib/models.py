@@ -51,6 +51,9 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "tiny": BertConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64),
 }
 
+# The published BERT sizes whose speed is measured, by the names that profiles and command lines use.
+SPEED_ARCHITECTURES = {"tiny": "tiny", "base": "bert-base-uncased", "large": "bert-large-uncased"}
+
 _LAYER_COUNT = {
     "bert": "num_hidden_layers", "roberta": "num_hidden_layers", "distilbert": "n_layers", "xlnet": "n_layer",
 }  # fmt: skip
@@ -176,14 +179,22 @@ def load_model(
             raise _unreachable(encoder, error) from None
 
 
+def architecture_of(encoder: str) -> str | None:
+    """The name in ``ARCHITECTURES`` of what an encoder is; None for a folder or another name of the hub."""
+    if encoder == "tiny-bert":
+        return "tiny"
+    known = encoder in ARCHITECTURES and (encoder == "minilm" or not Path(encoder).is_dir())
+    return encoder if known else None
+
+
 def load_config(encoder: str) -> PreTrainedConfig:
     """The config of an encoder, or of a published architecture, without its weights.
 
     Raises:
         StudyError: unknown encoder, hub unreachable, or an architecture that this study does not handle.
     """
-    architecture = "tiny" if encoder == "tiny-bert" else encoder
-    if architecture in ARCHITECTURES and encoder != "minilm" and not Path(encoder).is_dir():
+    architecture = architecture_of(encoder)
+    if architecture is not None and encoder != "minilm":  # whose package has a config
         return copy.deepcopy(ARCHITECTURES[architecture])
     try:
         config = AutoConfig.from_pretrained(encoder_source(encoder))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from lib import claims, environment
 from lib.config import NothingToDo, StudyError, load_profile
 from lib.figures import save_figure
+from lib.plans.common import has_data
 from lib.records import Record
 from lib.settings import Profile
 from lib.specs import Spec
@@ -31,7 +32,7 @@ def start(profile: str, **overrides: Any) -> Profile:
     machine = environment.hardware()
     where = machine.get("gpu") or machine["cpu"]
     source = f"{study.data} data" if study.data != "local" else "data from a local folder"
-    if study.data == "local" and study.data_dir is None:
+    if not all(has_data(study, task) for task in study.tasks):
         source += " (not given: only finished records can be shown)"
     text(
         f"Profile **{study.name}**: encoder `{study.encoder}`, {source}, tasks {', '.join(study.tasks)}. "
@@ -44,9 +45,10 @@ def start(profile: str, **overrides: Any) -> Profile:
 def limits(study: Profile, refresh: bool, budget_minutes: float) -> dict[str, Any]:
     """What ``runs.ensure`` may do: arguments ``refresh`` and ``budget_minutes`` (negative means no limit).
 
-    Without the local data that a profile wants, nothing can be computed and finished records are shown.
+    Where a task of the profile lacks its local data, nothing can be computed and finished records are shown. A user's
+    own files need no folder.
     """
-    if study.data == "local" and study.data_dir is None:
+    if not all(has_data(study, task) for task in study.tasks):
         return {"refresh": False, "budget_minutes": 0.0}
     return {"refresh": refresh, "budget_minutes": None if budget_minutes < 0 else budget_minutes}
 

@@ -5,6 +5,7 @@ A plan is a list of specs; asking for the same spec in two notebooks costs nothi
 
 from collections.abc import Callable
 
+from lib.models import SPEED_ARCHITECTURES
 from lib.plans.block_movement import (
     block_movement,
     block_sparse_speed,
@@ -12,7 +13,7 @@ from lib.plans.block_movement import (
     trained_speed,
     training_overhead,
 )
-from lib.plans.common import SPEED_ARCHITECTURES, dense, encoder_layers, engine_latency, majority, stock_comparison
+from lib.plans.common import dense, encoder_layers, engine_latency, majority, stock_comparison
 from lib.plans.frontier import frontier, recipe_latency, recipe_seeds, recipes
 from lib.plans.fullyqt import fully_quantized, translation, translation_speed
 from lib.plans.kronecker import factorisation, kronecker, kronecker_speed

@@ -12,8 +12,8 @@ from transformers import AutoModel
 
 from lib.compressors import CompressorSpec
 from lib.distillation import Distillation
-from lib.models import ARCHITECTURES, count_parameters, layer_count
-from lib.plans.common import SPEED_ARCHITECTURES, at_hand
+from lib.models import ARCHITECTURES, SPEED_ARCHITECTURES, architecture_of, count_parameters, layer_count
+from lib.plans.common import at_hand, with_data
 from lib.plans.fullyqt import dense_translation
 from lib.published_shapes import HEADLINE, PublishedShape, distinct_shapes, published_shapes
 from lib.records import Record
@@ -99,7 +99,10 @@ def distilled_dense(profile: Profile, task: str, seed: int) -> TrainSpec:
 
 def block_movement(profile: Profile) -> list[Spec]:
     """All training runs of notebook 04, the headline first: dense, hybrid and hybrid filled of every task at the first
-    strength, then the first task's other strengths, variants and baselines, generation, ablations."""
+    strength, then the first task's other strengths, variants and baselines, generation, ablations.
+
+    Runs without data are left out where others have theirs (``with_data``).
+    """
     settings, plan = profile.block_movement, list[Spec]()
     tasks = [task for task in settings.tasks if task in profile.tasks]
     for position, strength in enumerate(settings.strengths):
@@ -111,7 +114,7 @@ def block_movement(profile: Profile) -> list[Spec]:
     plan += translation_pruning(profile)
     for seed, task in _runs(profile, settings.ablation_tasks):
         plan += _ablations(profile, task, seed)
-    return plan
+    return with_data(profile, plan)
 
 
 def _runs(profile: Profile, tasks: Iterable[str]) -> list[tuple[int, str]]:
@@ -274,13 +277,13 @@ def trained_speed(profile: Profile, records: Iterable[Record]) -> list[Spec]:
     A model's name is the hash of its record. Empty when the encoder is no architecture known by name. Engines that are
     not here are left out unless they are recorded.
     """
-    encoder = {"tiny-bert": "tiny"}.get(profile.encoder, profile.encoder)
+    encoder = architecture_of(profile.encoder)
     shapes = {
         record.hash: tuple(zip(record["compression"]["heads"], record["compression"]["units"], strict=True))
         for record in records
         if isinstance(record.spec, TrainSpec) and "stored_density" in record["compression"]
     }
-    if encoder not in ARCHITECTURES or not shapes:
+    if encoder is None or not shapes:
         return []
     models = {name: LatencyModel(architecture=encoder, shapes=shape) for name, shape in shapes.items()}
     settings, latency = profile.block_movement, profile.latency

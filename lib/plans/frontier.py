@@ -11,7 +11,7 @@ from lib.kronecker_models import configuration
 from lib.models import ARCHITECTURES
 from lib.plans.block_movement import filled
 from lib.plans.block_movement import pruned as pruned_in_blocks
-from lib.plans.common import SPEED_ARCHITECTURES, at_hand, encoder_layers, on_other_processors
+from lib.plans.common import at_hand, encoder_layers, on_other_processors, timed_architecture
 from lib.plans.kronecker import task_stage
 from lib.plans.poor_mans_bert import dropped_and_distilled
 from lib.plans.structured_qa import pruned
@@ -80,7 +80,7 @@ def frontier(profile: Profile) -> list[Spec]:
     """Every recipe, what it is made from and its quality on every engine, a seed before the next.
 
     After the dense model come the compounds that are distilled for longer: a budget that ends early has spent its time
-    on those that one would take.
+    on those that one would take. Engines that are not here are left out unless they are recorded.
     """
     plan: list[Spec] = []
     first = {DENSE, *(recipe_name(*compound) for compound in profile.frontier.distilled_longer)}
@@ -88,7 +88,7 @@ def frontier(profile: Profile) -> list[Spec]:
         made = recipes(profile, seed)
         for recipe in [made[name] for name in sorted(made, key=lambda name: name not in first)]:
             plan += [*recipe.informed_by, *([recipe.start] if recipe.start else []), recipe]
-            plan += [_quality(profile, recipe, engine) for engine in profile.frontier.engines]
+            plan += at_hand(profile, [_quality(profile, recipe, engine) for engine in profile.frontier.engines])
     return plan
 
 
@@ -122,12 +122,6 @@ def recipe_latency(profile: Profile, records: list[Record]) -> list[Spec]:
         threads=latency.threads, rounds=latency.rounds, reference=settings.reference,
     )  # fmt: skip
     return at_hand(profile, [run, *on_other_processors(profile, [run])])
-
-
-def timed_architecture(profile: Profile) -> str:
-    """The profile's encoder as an architecture with random weights; another encoder is timed at the published size."""
-    known = {"minilm": "minilm", "tiny-bert": "tiny"} | {name: name for name in ARCHITECTURES}
-    return known.get(profile.encoder, SPEED_ARCHITECTURES[profile.latency.base_shape])
 
 
 def latency_model(record: Record, architecture: str) -> LatencyModel:

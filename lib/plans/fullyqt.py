@@ -5,6 +5,7 @@ from typing import Any
 
 from lib.compressors import CompressorSpec
 from lib.config import StudyError
+from lib.plans.common import at_hand, with_data
 from lib.quantized_layers import PARTS
 from lib.settings import Profile
 from lib.specs import (
@@ -67,8 +68,9 @@ def dense_translation(profile: Profile, task: str, seed: int, **changes: Any) ->
 
 
 def translation(profile: Profile) -> list[Spec]:
-    """The dense translation models, the headline task first."""
-    return [dense_translation(profile, task, seed) for task in profile.translation for seed in profile.task_seeds(task)]
+    """The dense translation models, the headline task first; those without data are left out by ``with_data``."""
+    tasks = [(task, seed) for task in profile.translation for seed in profile.task_seeds(task)]
+    return with_data(profile, [dense_translation(profile, task, seed) for task, seed in tasks])
 
 
 def trained_on(profile: Profile, task: str, seed: int, compressor: CompressorSpec | None = None) -> TranslationSpec:
@@ -172,11 +174,13 @@ def _question_answering(profile: Profile, seed: int) -> Iterator[Spec]:
     if len(settings.qa_bits) > 1:
         yield qa_post_training(profile, seed, max(settings.qa_bits), bucketing=False)
         yield from (qa_post_training(profile, seed, max(settings.qa_bits), parts=[part]) for part in PARTS)
-    for engine in settings.qa_engines:
-        yield EngineQualitySpec(
+    yield from at_hand(profile, [
+        EngineQualitySpec(
             task=dense.task, data=dense.data, start=dense, engine=engine, threads=profile.latency.threads,
             calibration=settings.calibration[0] * settings.calibration[1],
-        )  # fmt: skip
+        )
+        for engine in settings.qa_engines
+    ])  # fmt: skip
     if settings.qa_aware_bits:
         yield from (qa_trained_on(profile, seed, bits) for bits in settings.qa_aware_bits)
         yield qa_trained_on(profile, seed, None)
@@ -184,7 +188,11 @@ def _question_answering(profile: Profile, seed: int) -> Iterator[Spec]:
 
 
 def fully_quantized(profile: Profile) -> list[Spec]:
-    """All quality runs of notebook 06: what the headline needs first, the longest runs last."""
+    """All quality runs of notebook 06: what the headline needs first, the longest runs last.
+
+    Engines that are not here are left out unless they are recorded, and runs without data where others have theirs
+    (``with_data``).
+    """
     settings, plan = profile.fully_quantized, list[Spec]()
     for task in settings.tasks:
         for seed in profile.task_seeds(task):
@@ -200,7 +208,7 @@ def fully_quantized(profile: Profile) -> list[Spec]:
     for task, widths in settings.scratch.items():
         for seed in profile.task_seeds(task):
             plan += [from_scratch(profile, task, seed, bits, settings.scratch_delay) for bits in widths]
-    return plan
+    return with_data(profile, plan)
 
 
 def translation_speed(profile: Profile) -> list[Spec]:

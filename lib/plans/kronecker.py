@@ -5,8 +5,8 @@ from typing import Any
 from lib.compressors import CompressorSpec
 from lib.distillation import Distillation
 from lib.kronecker_models import KroneckerShapes, configuration
-from lib.models import ARCHITECTURES, layer_count, load_config
-from lib.plans.common import SPEED_ARCHITECTURES
+from lib.models import ARCHITECTURES, SPEED_ARCHITECTURES, layer_count, load_config
+from lib.plans.common import at_hand, has_data
 from lib.settings import Profile
 from lib.specs import (
     DataSource,
@@ -57,7 +57,8 @@ def objective(profile: Profile, labels: bool) -> Distillation:
 def text_stage(profile: Profile, name: str, nearest: bool = True) -> TextDistillationSpec:
     """The first stage; every task and seed of a configuration starts with the same one."""
     settings, training = profile.kronecker, profile.training.model_dump(exclude={"checkpoint_minutes"})
-    sources = [data_source(profile, task) for task in settings.text_tasks if task not in profile.own_tasks]
+    tasks = _text_tasks(profile)
+    sources = [data_source(profile, task) for task in tasks if task not in profile.own_tasks]
     rest: DataSource = "embedded" if sources else "local"  # a user's own files alone are local
     values: dict[str, Any] = training | {
         "epochs": settings.text_epochs, "batch_size": settings.text_batch_size, "freeze_embeddings": False,
@@ -66,10 +67,18 @@ def text_stage(profile: Profile, name: str, nearest: bool = True) -> TextDistill
         "eval_examples": settings.text_held_out,
     }  # fmt: skip
     return TextDistillationSpec(
-        tasks=settings.text_tasks, data=next((source for source in sources if source != "embedded"), rest),
+        tasks=tasks, data=next((source for source in sources if source != "embedded"), rest),
         encoder=profile.encoder, seed=profile.seeds[0], training=TrainingSettings.model_validate(values),
         compressor=compressor(profile, name, nearest), distillation=objective(profile, labels=False),
     )  # fmt: skip
+
+
+def _text_tasks(profile: Profile) -> tuple[str, ...]:
+    """The tasks whose text is read: where those chosen have their data without a folder, of the others none."""
+    named = profile.kronecker.text_tasks
+    if not all(has_data(profile, task) for task in profile.tasks):
+        return named  # nothing is computed, and the recorded first stage is to be found
+    return tuple(task for task in named if has_data(profile, task)) or tuple(profile.tasks)
 
 
 def task_stage(profile: Profile, task: str, seed: int, name: str, variant: str = "full") -> TrainSpec:
@@ -144,17 +153,20 @@ def _configuration(profile: Profile, name: str, tasks: list[str], seed: int, var
 
 
 def kronecker_speed(profile: Profile) -> list[Spec]:
-    """Latency of the configurations at the published size, random weights, one run per engine, dense beside them."""
+    """Latency of the configurations at the published size, random weights, one run per engine, dense beside them.
+
+    Engines that are not here are left out unless they are recorded.
+    """
     settings, architecture = profile.kronecker, SPEED_ARCHITECTURES[profile.kronecker.speed_shape]
     models = {"dense": LatencyModel(architecture=architecture)} | {
         name: LatencyModel(architecture=architecture, kronecker=configuration(name, ARCHITECTURES[architecture]))
         for name in settings.untrained
     }
-    return [
+    return at_hand(profile, [
         LatencySpec(
             models=models, dense="dense", engines=(engine,), batch=batch, length=settings.speed_length,
             threads=profile.latency.threads, rounds=profile.latency.rounds,
         )
         for batch in settings.speed_batches
         for engine in settings.speed_engines
-    ]  # fmt: skip
+    ])  # fmt: skip

@@ -6,11 +6,13 @@ its length: "long" has the shape of 30 epochs, "short" that of 10.
 
 from typing import Any, Literal
 
+from transformers import BertConfig
+
 from lib.compressors import CompressorSpec
 from lib.compressors.obert import TEN_EPOCHS, THIRTY_EPOCHS
 from lib.config import StudyError
 from lib.distillation import Distillation
-from lib.models import ARCHITECTURES, layer_count
+from lib.models import ARCHITECTURES, layer_count, load_config
 from lib.plans.block_movement import UNSTRUCTURED
 from lib.plans.common import at_hand, encoder_layers, on_other_processors
 from lib.settings import Profile
@@ -240,12 +242,19 @@ def _upstream(profile: Profile, seed: int) -> list[Spec]:
 
 
 def obert(profile: Profile) -> list[Spec]:
-    """All quality runs of notebook 03, what the claims need first, a whole seed before the next one."""
+    """All quality runs of notebook 03, what the claims need first, a whole seed before the next one.
+
+    Upstream pruning is left out where the profile lacks one of its tasks, and for an encoder that is not a BERT.
+
+    Raises:
+        StudyError: the profile has no headline task, or the encoder's config cannot be loaded.
+    """
     settings = profile.obert
     if settings.task not in profile.tasks:
         raise StudyError(f"obert.task: the profile has no task '{settings.task}'; it has {', '.join(profile.tasks)}")
     missing = [task for task in (settings.upstream_task, *settings.transfer_tasks) if task not in profile.tasks]
-    reduced = settings.model_copy(update={"upstream_sparsities": ()}) if missing else settings
+    bert = isinstance(load_config(profile.encoder), BertConfig)  # all that ``lib.upstream`` handles
+    reduced = settings if bert and not missing else settings.model_copy(update={"upstream_sparsities": ()})
     profile = profile.model_copy(update={"obert": reduced})
     plan: list[Spec] = []
     others = [task for task in settings.other_tasks if task in profile.tasks]

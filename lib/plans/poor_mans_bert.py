@@ -6,8 +6,8 @@ from lib.compressors import CompressorSpec
 from lib.compressors.layer_dropping import above_threshold, layers_to_drop, possible
 from lib.config import StudyError
 from lib.distillation import Distillation
-from lib.models import layer_count, load_config
-from lib.plans.common import SPEED_ARCHITECTURES, encoder_layers
+from lib.models import SPEED_ARCHITECTURES, layer_count, load_config
+from lib.plans.common import encoder_layers
 from lib.records import Record
 from lib.runs import ensure
 from lib.settings import Profile

@@ -10,8 +10,8 @@ from lib.compressors import CompressorSpec
 from lib.config import StudyError
 from lib.data import get_task
 from lib.distillation import Distillation
-from lib.models import ARCHITECTURES
-from lib.plans.common import SPEED_ARCHITECTURES
+from lib.models import ARCHITECTURES, SPEED_ARCHITECTURES
+from lib.plans.common import at_hand
 from lib.settings import Profile
 from lib.specs import ImportanceSpec, LatencyModel, LatencySpec, Spec, TrainSpec, dense_spec, training_settings
 from lib.surgery import even_shapes
@@ -158,6 +158,7 @@ def operating_speed(profile: Profile) -> list[Spec]:
     """Latency of the published operating points at the published size, one run per engine, dense beside them.
 
     The paper prints shares for the whole model; here they are spread evenly over the layers, to whole heads and units.
+    Engines that are not here are left out unless they are recorded.
     """
     settings, latency = profile.structured_pruning, profile.latency
     architecture = SPEED_ARCHITECTURES[settings.speed_shape]
@@ -165,14 +166,14 @@ def operating_speed(profile: Profile) -> list[Spec]:
     for heads, units in settings.speed_points:
         shapes = even_shapes(ARCHITECTURES[architecture], heads, units)
         models[point_name(heads, units)] = LatencyModel(architecture=architecture, shapes=shapes)
-    return [
+    return at_hand(profile, [
         LatencySpec(
             models=models, dense="dense", engines=(engine,), batch=batch, length=settings.speed_length,
             threads=latency.threads, rounds=latency.rounds,
         )
         for batch in settings.speed_batches
         for engine in settings.speed_engines
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 def point_name(heads: float, units: float) -> str:
