@@ -90,7 +90,7 @@ pip_install() {
 
 # Sets $python to an interpreter with everything installed.
 set_up() {
-    local active="" base found stamp
+    local active="" found stamp
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
         active=$(find_python)
     fi

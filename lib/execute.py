@@ -24,9 +24,9 @@ import papermill
 import psutil
 
 from lib import kernel
-from lib.command_line import Parser
+from lib.command_line import Parser, exit_code
 from lib.config import ROOT, NothingToDo, StudyError, load_profile
-from lib.files import cannot_write, write_atomically
+from lib.files import REFUSED, cannot_write, write_atomically
 from lib.gallery import write_gallery
 from lib.notebook_parameters import assign, help_parameters, parse
 from lib.progress import duration
@@ -34,7 +34,7 @@ from lib.settings import Profile
 
 NOTEBOOKS = ROOT / "notebooks"
 OVERVIEW = "00_start_here"  # counts what the others find, so a series ends with it as it began
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+INTERRUPTED = "interrupted; run the same command again to go on"
 
 
 @dataclass
@@ -96,7 +96,7 @@ def run(path: Path, folder: Path, parameters: dict[str, Any]) -> Path:
             raise NothingToDo(_first_line(error)) from None
         raise _explained(error, path.name, kept_as(target, ending)) from None
     except OSError as error:
-        raise cannot_write(target, error) if error.errno in UNWRITABLE else error from None
+        raise cannot_write(target, error) if error.errno in REFUSED else error from None
     except RuntimeError as error:
         raise NotebookError(f"{path.name}: {error}\n  kept: {_near(kept_as(target, ending))}") from None
     finally:
@@ -285,17 +285,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for noisy in ("papermill", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what they report is raised as well
     try:
-        _main(arguments)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(lambda: _main(arguments), INTERRUPTED)
     except NotebookError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except (kernel.Interrupted, KeyboardInterrupt) as error:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 128 + getattr(error, "signal", 2)
-    return 0
+    except kernel.Interrupted as error:
+        print(INTERRUPTED, file=sys.stderr)
+        return 128 + error.signal
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from lib import plans
-from lib.command_line import Parser
+from lib.command_line import Parser, exit_code
 from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
 from lib.own_data import is_path
@@ -220,7 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", default="", metavar="0,1", help="hand out these GPUs, one to a run")
     parser.add_argument("--plans", default=None, help=f"comma-separated, of {', '.join(PLANS)} (default: all)")
     for name in PROFILE_PARAMETERS:
-        parser.add_argument(f"--{name.replace('_', '-')}", default=None, help="in place of the profile's")
+        kind = int if name == "seeds" else str  # 0 seeds, as in notebooks, are the profile's
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None, help="in place of the profile's")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the jobs file for Snakemake and stop")
     parser.add_argument("--dry-run", action="store_true", help="let Snakemake say what it would run")
     parser.add_argument("--on-gpu", metavar="IDS", help=argparse.SUPPRESS)
@@ -236,7 +237,7 @@ def profile_arguments(options: argparse.Namespace) -> list[str]:
                 value = _absolute(value)
             elif name == "tasks":
                 value = ",".join(_absolute(task) if is_path(task) else task for task in value.split(","))
-            found += [f"--{name.replace('_', '-')}", value]
+            found += [f"--{name.replace('_', '-')}", str(value)]
     return found
 
 
@@ -264,8 +265,8 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     profile = load_profile(
         options.profile, tasks=options.tasks.split(",") if options.tasks else None,
-        seeds=int(options.seeds) if options.seeds else None, encoder=options.encoder, data=options.data,
-        data_dir=options.data_dir, results=options.results,
+        seeds=options.seeds or None, encoder=options.encoder, data=options.data, data_dir=options.data_dir,
+        results=options.results,
     )  # fmt: skip
     names, given = options.plans.split(",") if options.plans else list(PLANS), profile_arguments(options)
     if options.write:
@@ -279,14 +280,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m lib.fanout``: compute the runs of all plans, several at once, by Snakemake."""
-    try:
-        return run(sys.argv[1:] if arguments is None else arguments)
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept, the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    interrupted = "interrupted; finished runs are kept, the same command goes on from the last checkpoint"
+    return exit_code(lambda: run(sys.argv[1:] if arguments is None else arguments), interrupted)
 
 
 if __name__ == "__main__":

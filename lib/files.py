@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib import distributed
 from lib.config import StudyError
 
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -44,8 +43,8 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which becomes ``folder`` at the end: a folder that exists is whole.
 
-    What was there before is replaced; when the block raises, it stays. Of processes that train together, the folder of
-    the first counts.
+    What was there before is replaced; when the block raises, it stays. Of processes that train together, let the first
+    alone enter: each removes what another has half filled.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.parent.glob(f".saving-{folder.name}-*"):  # by a run that was killed
@@ -53,9 +52,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".saving-{folder.name}-"))
     try:
         yield temporary
-        if distributed.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -63,13 +61,14 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 def refused_write(error: Exception, folder: Path) -> StudyError | None:
     """The one line for an error that means that the system refused a write; None for any other error.
 
-    The Rust libraries that write weights and tokenizers keep only the text of the system's error, and torch not even
-    that.
+    The Rust libraries that write weights and tokenizers keep only the text of the system's error, as ``shutil`` does of
+    a folder that it copies, and torch not even that.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and not isinstance(error, shutil.Error):
         return cannot_write(Path(error.filename or folder), error) if error.errno in REFUSED else None
+    kept = "[Errno {}]" if isinstance(error, shutil.Error) else "(os error {})"
     for number in REFUSED:
-        if f"(os error {number})" in str(error):
+        if kept.format(number) in str(error):
             return cannot_write(folder, OSError(number, os.strerror(number)))
     if "enforce fail at inline_container" in str(error) and "StreamReader" not in str(error):
         return cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))

@@ -51,11 +51,6 @@ class BlockFisher:
         self.inverse = torch.zeros(self.blocks, self.block, self.block, dtype=dtype, device=device)
         self.inverse.diagonal(dim1=1, dim2=2).fill_(1 / dampening)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the inverse takes."""
-        return self.inverse.nbytes
-
     def _rows(self, vector: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A vector (size,) cut into blocks, (blocks, block); zeros fill the last one."""
         flat = vector.detach().reshape(-1)

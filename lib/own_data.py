@@ -121,10 +121,11 @@ def is_path(item: Any) -> bool:
 def adopt(values: dict[str, Any], item: str) -> str:
     """Enter a file, or a folder with train and validation files, into a profile's plain ``values``; its task name.
 
-    The new task stands wherever the profile's first task of its kind stood, with its settings.
+    The new task stands wherever the profile's first task of its kind stood, with its settings, those that a section
+    gives single tasks included. A file that the profile describes keeps its description.
 
     Raises:
-        StudyError: no such file, or the profile has no task of its kind.
+        StudyError: no such file, another one has its name, or the profile has no task of its kind.
     """
     from lib.data import TASKS
 
@@ -139,7 +140,15 @@ def adopt(values: dict[str, Any], item: str) -> str:
         values["tasks"][name] = dict(values["tasks"][known[0]])
         for section in set(values) - {"tasks", "own_tasks"}:
             values[section] = _replaced(values[section], known[0], name)
-    own_tasks[name] = {split: str(path) for split, path in own.items()}
+    described = own_tasks[name] if isinstance(own_tasks.get(name), dict) else {}
+    for split, path in own.items():
+        other = described.get(split)
+        if isinstance(other, str | Path) and Path(other).expanduser().resolve() != path.resolve():
+            raise StudyError(
+                f"tasks: {other} and {path} would both be task '{name}'; rename one of them (train.json and train.tsv "
+                "are called like their folder), or describe both under own_tasks"
+            )
+    own_tasks[name] = {split: str(path) for split, path in own.items()} | described
     return name
 
 
@@ -147,7 +156,8 @@ def stand_in(values: dict[str, Any], dropped: Sequence[str], kept: Sequence[str]
     """Let plans whose tasks are all ``dropped`` from a profile's plain ``values`` work on one that is ``kept``.
 
     It is the first of the same kind, else the first of all; where only question answering will do (notebook 02 and
-    settings that begin with ``qa_``), the names stay and the plan is left out.
+    settings that begin with ``qa_``), the names stay and the plan is left out. What the section gives single tasks, it
+    gets of those of its kind, where it has nothing of its own.
     """
     for section, settings in values.items():
         if not isinstance(settings, dict) or section in ("tasks", "translation", "own_tasks"):
@@ -156,11 +166,23 @@ def stand_in(values: dict[str, Any], dropped: Sequence[str], kept: Sequence[str]
             if key != "text_tasks" and (key.endswith(("task", "tasks")) and isinstance(named, str | list)):
                 needs_kind = section == "structured_pruning" or key.startswith("qa_")
                 settings[key] = _among(values, named, dropped, kept, needs_kind)
+                if settings[key] != named:
+                    _inherit(values, settings, _names(settings[key])[0], _names(named))
+
+
+def _inherit(values: dict[str, Any], settings: dict[str, Any], task: str, others: Sequence[str]) -> None:
+    """Give ``task`` what ``settings`` say under the name of the first of ``others`` that is of its kind."""
+    alike = [other for other in others if _is_qa(values, other) == _is_qa(values, task)]
+    for key, by_task in settings.items():
+        if isinstance(by_task, dict) and not key.endswith("tasks"):  # those say which tasks, not how
+            for other in alike:
+                if other in by_task:
+                    by_task.setdefault(task, by_task[other])
 
 
 def _among(values: dict[str, Any], named: Any, dropped: Sequence[str], kept: Sequence[str], needs_kind: bool) -> Any:
     """``named``, or what stands in for it: a name for a name, a list of one for a list."""
-    names = [named] if isinstance(named, str) else named
+    names = _names(named)
     if not names or not kept or not all(name in dropped for name in names):
         return named
     alike = [task for task in kept if _is_qa(values, task) == _is_qa(values, names[0])]
@@ -168,6 +190,10 @@ def _among(values: dict[str, Any], named: Any, dropped: Sequence[str], kept: Seq
         return named
     chosen = (alike or list(kept))[0]
     return chosen if isinstance(named, str) else [chosen]
+
+
+def _names(named: str | list[str]) -> list[str]:
+    return [named] if isinstance(named, str) else named
 
 
 def _is_qa(values: dict[str, Any], task: str) -> bool:
@@ -189,8 +215,12 @@ def _found(path: Path) -> dict[str, Path]:
 
 
 def _replaced(node: Any, old: str, new: str) -> Any:
+    """``node`` with ``new`` in place of ``old``; what is said under the name of ``old`` holds for ``new`` as well."""
     if isinstance(node, dict):
-        return {key: _replaced(value, old, new) for key, value in node.items()}
+        replaced = {key: _replaced(value, old, new) for key, value in node.items()}
+        if old in replaced:
+            replaced.setdefault(new, replaced[old])
+        return replaced
     if isinstance(node, list | tuple):
         return [_replaced(value, old, new) for value in node]
     return new if node == old else node

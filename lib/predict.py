@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import corpus, qa
-from lib.command_line import Parser
+from lib.command_line import Parser, exit_code
 from lib.config import StudyError
 from lib.data import QA_FEATURES
 from lib.engine_quality import OnEngine, calibration_batches
@@ -100,24 +100,23 @@ def _parser() -> Parser:
     return parser
 
 
+def _main(arguments: Sequence[str] | None) -> None:
+    options = _parser().parse_args(arguments)
+    if not options.engine and (options.calibrate_on or options.engine_files):
+        raise StudyError("--calibrate-on and --engine-files are for an engine; name it with --engine")
+    model, tokenizer = load_compressed(options.folder)
+    if tokenizer is None:
+        raise StudyError(f"{options.folder} holds no tokenizer; save it beside the model")
+    questions = read_squad(options.calibrate_on, unanswerable=True) if options.calibrate_on else None
+    with tempfile.TemporaryDirectory(prefix="engine-") as made:
+        folder = options.engine_files or made
+        engine = on_engine(options.engine, model, tokenizer, folder, questions) if options.engine else None
+        print(answer(model, tokenizer, options.question, options.context, engine=engine))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the answer: 0, or 2 after one line about a user's mistake."""
-    try:
-        options = _parser().parse_args(arguments)
-        if not options.engine and (options.calibrate_on or options.engine_files):
-            raise StudyError("--calibrate-on and --engine-files are for an engine; name it with --engine")
-        model, tokenizer = load_compressed(options.folder)
-        if tokenizer is None:
-            raise StudyError(f"{options.folder} holds no tokenizer; save it beside the model")
-        questions = read_squad(options.calibrate_on, unanswerable=True) if options.calibrate_on else None
-        with tempfile.TemporaryDirectory(prefix="engine-") as made:
-            folder = options.engine_files or made
-            engine = on_engine(options.engine, model, tokenizer, folder, questions) if options.engine else None
-            print(answer(model, tokenizer, options.question, options.context, engine=engine))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Print the answer; returns the exit code."""
+    return exit_code(lambda: _main(arguments), "interrupted; no answer was found yet")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Progress:
         """Steps done in an earlier sitting do not count for the estimate."""
         self.first = step
 
-    def update(self, step: int, note: str = "") -> None:
+    def update(self, step: int) -> None:
         """Report ``step`` of ``total``, at most every ``EVERY_S`` seconds (twice a second on a terminal)."""
         now = time.monotonic()
         if not distributed.is_main():
@@ -44,7 +44,7 @@ class Progress:
         self.last = now
         done = max(step - self.first, 1)
         left = (now - self.started) / done * (self.total - step)
-        line = f"{self.title}: {step}/{self.total} ({step / self.total:.0%}){note}, {duration(left)} left"
+        line = f"{self.title}: {step}/{self.total} ({step / self.total:.0%}), {duration(left)} left"
         if terminal:
             print(f"\r{line:<100.100}", end="", file=sys.stderr, flush=True)
         else:

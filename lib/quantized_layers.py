@@ -222,14 +222,14 @@ class _Builder:
     def norms_and_embeddings(self, model: nn.Module) -> None:
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.LayerNorm) and "layer_norm" in self.settings.parts:
-                make = self._maker("layer_norm", name)
+                make = self._maker(name)
                 model.set_submodule(name, QuantizedLayerNorm(module, self.weights, make))
             elif isinstance(module, TokenEmbedding):
                 model.set_submodule(name, QuantizedTokenEmbedding(module, self.weights))
             elif isinstance(module, nn.Embedding):
                 model.set_submodule(name, QuantizedEmbedding(module, self.weights))
 
-    def _maker(self, part: Part, name: str) -> Callable[..., RunningRange]:
+    def _maker(self, name: str) -> Callable[..., RunningRange]:
         def make(step: str, from_zero: bool = False) -> RunningRange:
             return RunningRange(self.switch, self.settings.bits, f"{name}, {step}", from_zero)
 
@@ -238,7 +238,7 @@ class _Builder:
     def softmax(self, name: str) -> MaskedSoftmax:
         if "softmax" not in self.settings.parts:
             return MaskedSoftmax()
-        return QuantizedSoftmax(self.settings, self._maker("softmax", name))
+        return QuantizedSoftmax(self.settings, self._maker(name))
 
     def block(self, model: nn.Module, names: dict[str, str], from_zero: bool) -> None:
         """The six linear maps of a layer, or those of them that ``names`` has; ``from_zero`` after ReLU."""

@@ -18,7 +18,7 @@ from lib.claims import ENOUGH_SEEDS
 from lib.config import StudyError
 from lib.experiments import finished_model, weights_folder
 from lib.figures import counted
-from lib.files import write_atomically
+from lib.files import refused_write, whole_folder, write_atomically
 from lib.frontier import share
 from lib.intervals import bootstrap_interval
 from lib.plans.frontier import DENSE, recipe_seeds, recipes
@@ -200,7 +200,8 @@ def taken(table: pd.DataFrame) -> list[str]:
 def export(study: Profile, recipe: str, about: Mapping[str, Any], train: bool = False) -> Path | None:
     """Copy a recipe's model to ``results/<profile>/recipes/<name>``, ready to load, with ``recipe.json`` beside it.
 
-    The weights are fp32; an engine makes its own INT8 or bf16 of them when it loads them (``lib.engines.prepare``).
+    The weights are fp32; an engine makes its own INT8 or bf16 of them when it loads them (``lib.engines.prepare``). An
+    earlier export is replaced as a whole, or stays.
 
     Args:
         about: what ``recipe.json`` says besides the recipe and its run.
@@ -220,10 +221,15 @@ def export(study: Profile, recipe: str, about: Mapping[str, Any], train: bool = 
         return None
     slug = "".join(letter if letter.isalnum() else "-" for letter in recipe.lower())
     target = study.results / "recipes" / "-".join(filter(None, slug.split("-")))
-    try:
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    except OSError as error:
-        raise StudyError(f"cannot write {target} ({error.strerror}); free some space") from None
     described = {"recipe": recipe, "run": spec_hash(made[recipe]), "weights": "fp32", **about}
-    write_atomically(target / "recipe.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+    try:
+        with whole_folder(target) as new:
+            shutil.copytree(source, new, dirs_exist_ok=True)
+            write_atomically(new / "recipe.json", json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error
+        broken = StudyError(
+            f"cannot copy {source} to {target} ({reason}); what was there stays, mend that and run again"
+        )
+        raise refused_write(error, target) or broken from None
     return target

@@ -18,7 +18,7 @@ from typing import Any
 
 import nbformat
 
-from lib.command_line import Parser
+from lib.command_line import Parser, exit_code
 from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
 from lib.gallery import Maker, makers, with_tables, write_gallery
@@ -154,16 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("profile", nargs="?", default="study", help="smoke, quick, study, paper or a YAML file")
     parser.add_argument("--results", default=None, help="results folder (default: results/PROFILE)")
     parser.add_argument("--gallery", action="store_true", help="only README.md and numbers.tex of the results folder")
-    try:
+
+    def run() -> None:
         options = parser.parse_args(arguments)
         results = load_profile(options.profile, results=options.results).results
         made = [*write_gallery(results), write_atomically(ROOT / "README.md", with_tables(ROOT / "README.md"))]
         made += [] if options.gallery else build(results)
         print("\n".join(f"made {path}" for path in made))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(run, "interrupted; what is written is whole, run the same command again")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import model_cost
+from lib import distributed, model_cost
 from lib.compressors import make_compressor
 from lib.compressors.kronecker import Kronecker
 from lib.config import StudyError
@@ -66,8 +66,9 @@ def run_text_distillation(spec: TextDistillationSpec, profile: Profile) -> dict[
     student = compressor.finalize(student)
     result["compression"] = compressor.summary()
     result["model"] = {"parameters": count_parameters(student), "size_bytes": model_cost.size_on_disk(student)}
-    with whole_folder(profile.results / "models" / spec_hash(spec)) as folder:
-        save_compressed(student, tokenizer, folder)
+    if distributed.is_main():
+        with whole_folder(profile.results / "models" / spec_hash(spec)) as folder:
+            save_compressed(student, tokenizer, folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MaskedLMOutput
 
+from lib import distributed
 from lib.batches import TrainingData
 from lib.compressors import Compressor, make_compressor
 from lib.config import StudyError
@@ -180,9 +181,10 @@ def run_upstream(spec: UpstreamSpec, profile: Profile) -> dict[str, Any]:
     result: dict[str, Any] = {"train_examples": len(train) // copies, "eval_examples": len(held_out)}
     result |= {"training": outcome.model_dump(mode="json")} | evaluate(model, tokenizer, held_out, settings.precision)
     result |= {"model": model_cost.describe(model), "compression": compressor.summary()}
-    with whole_folder(experiments.weights_folder(profile, spec)) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    if distributed.is_main():
+        with whole_folder(experiments.weights_folder(profile, spec)) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return result
 

@@ -13,29 +13,44 @@ import yaml
 from conftest import small_profile
 
 from lib import distributed, runs
-from lib.config import ROOT, StudyError
+from lib.config import ROOT, StudyError, load_profile
+from lib.plans.kronecker import text_stage
+from lib.plans.obert import language_model
+from lib.specs import spec_hash
+from lib.text_distillation import run_text_distillation
+from lib.upstream import run_upstream
 
 TOLERANCE = 1e-4  # gradients are summed in another order
+
+
+def on_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m lib.runs`` by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port",
+               str(port), "-m", "lib.runs", *arguments]  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "STUDY_ALLOCATOR": "default"},
+    )  # fmt: skip
+
+
+def written(folder: Path, epochs: float) -> Path:
+    """A small profile of one seed, whose results are in ``folder / "two"``."""
+    values = small_profile(folder / "two") | {"seeds": [0]}
+    values["tasks"]["world_sentiment"] |= {"epochs": epochs}
+    profile = folder / "two.yaml"
+    profile.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return profile
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """Folder of a run by torchrun, its finished process, and the profile that it used."""
     folder = tmp_path_factory.mktemp("distributed")
-    values = small_profile(folder / "two") | {"seeds": [0]}
-    values["tasks"]["world_sentiment"] |= {"epochs": 3}
-    profile = folder / "two.yaml"
-    profile.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port",
-               str(port), "-m", "lib.runs", "dense", "--profile", str(profile)]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "STUDY_ALLOCATOR": "default"},
-    )  # fmt: skip
-    return folder, done, profile
+    profile = written(folder, epochs=3)
+    return folder, on_two_processes("dense", "--profile", str(profile)), profile
 
 
 def only_record(results: Path) -> dict:
@@ -73,6 +88,31 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
+
+
+def test_language_models_and_first_stages_are_saved_by_one_process(tmp_path):
+    """The pruned language model begins with the dense one, whose weights both processes then read."""
+    study = load_profile(written(tmp_path, epochs=1))
+    specs = [language_model(study), language_model(study, 0.8), text_stage(study, "kron8")]
+    files = [tmp_path / f"{number}.json" for number in range(len(specs))]
+    for file, spec in zip(files, specs, strict=True):
+        file.write_text(json.dumps(spec.model_dump(mode="json")), encoding="utf-8")
+    done = on_two_processes(*map(str, files), "--profile", str(tmp_path / "two.yaml"))
+    assert done.returncode == 0, done.stderr
+    models = tmp_path / "two" / "models"
+    assert sorted(path.name for path in models.iterdir()) == sorted(map(spec_hash, specs))
+    assert all((path / "config.json").is_file() for path in models.iterdir())
+    assert len(list((tmp_path / "two" / "runs").iterdir())) == 3
+
+
+def test_a_process_that_is_not_the_first_saves_nothing(tmp_path, monkeypatch):
+    study = load_profile(written(tmp_path, epochs=1))
+    half_saved = tmp_path / "two" / "models" / f".saving-{spec_hash(language_model(study))}-of-the-first"
+    half_saved.mkdir(parents=True)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    run_upstream(language_model(study), study)
+    run_text_distillation(text_stage(study, "kron8"), study)
+    assert list(half_saved.parent.iterdir()) == [half_saved]
 
 
 def test_a_batch_that_cannot_be_shared_is_one_line(monkeypatch):

@@ -155,12 +155,35 @@ def test_without_snakemake_one_line_says_how_to_get_it(tmp_path, monkeypatch, ca
         (["smoke", "--jobs", "2", "--plans", "dense,dens"], "unknown plan 'dens'; known: "),
         (["smoke", "--jobs", "many"], "invalid int value: 'many'"),
         (["quik", "--jobs", "2"], "unknown profile 'quik'"),
+        (["quick", "--seeds", "two"], "argument --seeds: invalid int value: 'two'; see python -m lib.fanout --help"),
+        (["quick", "--seeds", "-1"], "seeds: found -1, expected how many seeds (1 or more)"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, said, capsys):
     assert fanout.main(arguments) == 2
     err = capsys.readouterr().err
     assert said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("seeds", "given", "used"), [("0", [], [0, 1]), ("1", ["--seeds", "1"], [0])])
+def test_seeds_0_are_the_profiles(seeds, given, used, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(fanout, "compute", lambda profile, names, arguments, *_: called.append((profile, arguments)))
+    path = small(tmp_path, seeds=[0, 1])
+    paths = [ROOT / "notebooks" / "05_poor_mans_bert.ipynb"]
+    execute.fan_out(paths, str(path), [("seeds", seeds)], 2, "")
+    assert fanout.main([str(path), "--jobs", "2", "--seeds", seeds]) == 0
+    assert [(list(profile.seeds), arguments) for profile, arguments in called] == 2 * [(used, [str(path), *given])]
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fanout, "compute", stop)
+    assert fanout.main([str(small(tmp_path)), "--jobs", "2"]) == 130
+    said = "interrupted; finished runs are kept, the same command goes on from the last checkpoint\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_only_a_notebook_understands_cannot_be_fanned_out(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """Notebook 08's arithmetic by hand, and a small series of compounds from training to an exported folder."""
 
+import errno
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -376,6 +378,55 @@ def test_export_trains_again_where_only_the_record_is_here(series):
     folder = recipes.export(study, LONGER, {"engine": "openvino-int8"}, train=True)
     described = json.loads((folder / "recipe.json").read_text())
     assert (described["weights"], described["engine"]) == ("fp32", "openvino-int8") and weights.is_dir()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A profile in whose results the dense recipe's weights, any files, lie and were exported once."""
+    study = load_profile("smoke", results=tmp_path)
+    source = weights_folder(study, plans.recipes(study, 0)["dense"])
+    source.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (source / name).write_text("first")
+    return study, source, recipes.export(study, "dense", {"engine": "one"})
+
+
+def test_an_export_holds_nothing_of_an_earlier_one(exported):
+    study, source, folder = exported
+    (folder / "compression.json").write_text("stale")
+    (source / "config.json").write_text("second")
+    assert recipes.export(study, "dense", {"engine": "other"}) == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "recipe.json"]
+    assert (folder / "config.json").read_text() == "second"
+    assert json.loads((folder / "recipe.json").read_text())["engine"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, r"disk full while writing .*recipes/dense; finished records are safe"),
+        (errno.EACCES, r"cannot write .*recipes/dense \(Permission denied\); give a writable results folder"),
+        (errno.EIO, r"cannot copy .* to .*recipes/dense \(\[Errno 5\] Input/output error\); what was there stays"),
+    ],
+)
+def test_a_copy_that_fails_leaves_the_earlier_export(exported, monkeypatch, number, said):
+    study, source, folder = exported
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    (source / "config.json").write_text("second")
+    copied, copy = [], shutil.copyfile
+
+    def fail_at_the_second(*arguments, **options):
+        copied.append(arguments)
+        if len(copied) == 2:
+            raise OSError(number, os.strerror(number))
+        return copy(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "copyfile", fail_at_the_second)
+    with pytest.raises(StudyError, match=said) as caught:
+        recipes.export(study, "dense", {"engine": "other"})
+    assert "\n" not in str(caught.value) and "None" not in str(caught.value)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_too_many_layers_dropped_is_one_line(series):

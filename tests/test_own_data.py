@@ -71,6 +71,32 @@ def test_a_folder_has_its_own_validation_file_and_squad_2_is_recognised(tmp_path
     assert len(load_task("mills", "local")["validation"]) == 3
 
 
+def test_a_file_has_what_a_section_gives_the_task_whose_place_it_takes(tmp_path):
+    own = str(squad(tmp_path / "own.json"))
+    quick, study = (load_profile(name, tasks=[own]) for name in ("quick", "study"))
+    assert quick.block_movement.score_learning_rates == {"world_qa": 0.2, "world_pair": 0.25, "own": 0.2}
+    (rate,) = {spec.compressor.settings["score_learning_rate"] for spec in PLANS["block_movement"](quick)
+               if spec.kind == "train" and spec.compressor and spec.compressor.name == "block_movement"}  # fmt: skip
+    assert rate == 0.2
+    assert study.structured_pruning.seeds == {"squad_v1": 3, "policyqa": 3, "own": 3}
+    assert study.frontier.seeds == {"squad_v1": 3, "own": 3} and study.kronecker.epochs == {"squad_v1": 1, "own": 1}
+    assert list(study.tasks) == list(study.own_tasks) == ["own"]
+    few = load_profile("study", tasks=[own], seeds=1)
+    assert few.structured_pruning.seeds == few.frontier.seeds == {}
+    other = load_profile("quick", tasks=[str(topics(tmp_path / "topics.tsv"))])
+    assert other.block_movement.lambda_factors == {"world_pair": 0.1, "topics": 0.1}
+
+
+def test_a_task_that_stands_in_has_what_a_section_gives_one_of_its_kind():
+    smoke, study = load_profile("smoke", tasks=["world_sentiment"]), load_profile("study", tasks=["stsb"])
+    assert smoke.block_movement.tasks == ("world_sentiment",) and smoke.obert.other_tasks == {"world_pair": 1}
+    assert smoke.block_movement.score_learning_rates == {"world_qa": 1.0, "world_pair": 0.7, "world_sentiment": 0.7}
+    assert study.block_movement.lambda_factors == {"mrpc": 0.1, "sst2": 0.1, "stsb": 0.1}
+    assert study.frontier.task == "stsb" and study.frontier.seeds == {"squad_v1": 3}  # of another kind
+    own = load_profile("study", tasks=["mrpc"]).block_movement
+    assert own.score_learning_rates == load_profile("study").block_movement.score_learning_rates
+
+
 def test_a_tsv_file_has_the_labels_that_occur(tmp_path):
     profile = load_profile("smoke", tasks=[str(topics(tmp_path / "topics.tsv"))])
     task = data.get_task("topics")
@@ -178,6 +204,32 @@ def test_a_series_on_an_own_file_leaves_out_what_it_cannot_do_and_goes_on(tmp_pa
     trained = [spec["task"] for spec in made if spec["kind"] == "train"]
     assert set(trained) == {"own"} and len(trained) > 10
     assert (tmp_path / "results" / "tables" / "08_recipe_table.csv").is_file()
+
+
+def test_two_files_that_would_be_one_task_are_refused_and_one_file_twice_is_not(tmp_path):
+    first, second = squad(tmp_path / "2023" / "tickets.json"), squad(tmp_path / "2024" / "tickets.json", contexts=30)
+    with pytest.raises(StudyError) as caught:
+        load_profile("smoke", tasks=[str(first), str(second)])
+    assert str(caught.value).startswith(f"tasks: {first} and {second} would both be task 'tickets'; rename one of them")
+    again = tmp_path / "2024" / ".." / "2023" / "tickets.json"
+    assert list(load_profile("smoke", tasks=[str(first), str(again), "world_pair"]).tasks) == ["tickets", "world_pair"]
+
+
+def test_a_file_that_the_profile_describes_keeps_its_description(tmp_path, profile_file):
+    for name in ("reports.tsv", "held_out.tsv", "elsewhere/reports.tsv"):
+        topics(tmp_path / name, header="body\ttopic")
+    path = profile_file()
+    values = yaml.safe_load(path.read_text())
+    described = {"train": "reports.tsv", "validation": "held_out.tsv", "columns": ["body"], "label": "topic"}
+    values |= {
+        "own_tasks": {"reports": described},
+        "tasks": values["tasks"] | {"reports": values["tasks"]["world_sentiment"]},
+    }
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    profile = load_profile(path, tasks=[str(tmp_path / "reports.tsv")])
+    assert profile.own_tasks == load_profile(path).own_tasks and list(profile.tasks) == ["reports"]
+    with pytest.raises(StudyError, match=r"reports\.tsv and .*elsewhere/reports\.tsv would both be task 'reports'"):
+        load_profile(path, tasks=[str(tmp_path / "elsewhere" / "reports.tsv")])
 
 
 def test_other_files_under_the_same_name_are_refused_in_one_process(tmp_path):

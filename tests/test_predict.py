@@ -103,6 +103,15 @@ def test_mistakes_are_one_line(folder, capsys, arguments, message):
     assert message in error and error.startswith("error: ") and len(error.strip().splitlines()) == 1
 
 
+def test_ctrl_c_is_one_line(folder, monkeypatch, capsys):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "answer", stop)
+    assert predict.main([str(folder), "--question", "a", "--context", "b"]) == 130
+    assert capsys.readouterr().err == "interrupted; no answer was found yet\n"
+
+
 def test_a_classifier_cannot_answer(tokenizer):
     with pytest.raises(StudyError, match="BertForSequenceClassification has no start and end logits"):
         predict.answer(load_model("tiny-bert", "classification").eval(), tokenizer, "Who?", CONTEXT)

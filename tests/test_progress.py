@@ -47,14 +47,14 @@ def test_durations(seconds, shown):
     assert duration(seconds) == shown
 
 
-def test_a_line_has_the_share_the_note_and_the_time_left(clock, screen):
+def test_a_line_has_the_share_and_the_time_left(clock, screen):
     job = Progress("training", 200)
     clock.now += 20
-    job.update(50, ", loss 0.3")
+    job.update(50)
     clock.now += 20
     job.update(150)
     assert screen.getvalue().splitlines() == [
-        "training: 50/200 (25%), loss 0.3, 1:00 left",  # 50 steps in 20 s, 150 to go
+        "training: 50/200 (25%), 1:00 left",  # 50 steps in 20 s, 150 to go
         "training: 150/200 (75%), 0:13 left",  # 150 in 40 s
     ]
 

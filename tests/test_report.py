@@ -123,6 +123,15 @@ def test_without_figures_and_tables_one_line_says_what_to_do(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write_gallery", stop)
+    assert report.main(["smoke", "--results", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted; what is written is whole, run the same command again\n"
+
+
 def test_a_table_that_is_none_is_named(results):
     (results / "tables" / "05_verdicts.md").write_text("half a tab")
     with pytest.raises(StudyError, match=r"05_verdicts\.md: not a table that the study wrote"):

@@ -130,11 +130,11 @@ class ObertPruning(Masked):
             target = 1 - density * ((1 - sparsity) / density) ** (part / parts) if part < parts else sparsity
             draw = round(1e6 * progress) + part
             fishers = self._fishers(draw) if self.settings.importance == "obert" else []
-            self._prune_once(target, draw, fishers)
+            self._prune_once(target, fishers)
             doubled = {"float64": 1.0} if fishers and fishers[0].inverse.dtype == torch.float64 else {}
             self.history.append({"progress": progress, "sparsity": self.sparsity} | doubled)
 
-    def _prune_once(self, sparsity: float, draw: int, fishers: list[BlockFisher]) -> None:
+    def _prune_once(self, sparsity: float, fishers: list[BlockFisher]) -> None:
         group = self.settings.group
         scores, alive = [], []
         for index, linear in enumerate(self.linears):
