@@ -9,18 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from lib.config import StudyError
 from lib.labels import label
 from lib.settings import Profile, Strict
-from lib.specs import Spec, needed_runs, spec_hash
+from lib.specs import Spec, needed_runs, needed_weights, spec_hash
 
 
 class Record(Strict):
     """One finished run. ``result`` depends on the spec's kind; times are in seconds, sizes in bytes, scores in percent.
 
     ``code`` is a digest of the library without comments and docstrings; ``data`` digests the data read, or is None.
+    ``weights`` digests the weights that the run began with or learnt from, by the hash of the run that made them: two
+    records compare one model with another only where they name the same. Records of before 30 November 2026 have none.
     """
 
     format: int = 1
@@ -28,6 +30,7 @@ class Record(Strict):
     spec: Spec
     result: dict[str, Any]
     data: str | None
+    weights: dict[str, str] = Field(default_factory=dict)
     code: str
     commit: str | None
     created: str
@@ -107,6 +110,17 @@ def data_read(profile: Profile, spec: Spec, or_none: bool = False) -> str | None
     names = tasks or (str(task),)
     digests = [data_digest(name, spec.data, profile.data_dir) for name in names]  # type: ignore[union-attr]
     return digests[0] if task else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:12]
+
+
+def weights_read(profile: Profile, spec: Spec) -> dict[str, str]:
+    """Digests of the weights that a run began with or learnt from, by the hash of the run that made them."""
+    found = {}
+    for other in map(spec_hash, needed_weights(spec)):
+        digest = hashlib.sha256()
+        for path in sorted((profile.results / "models" / other).glob("*.safetensors")):
+            digest.update(path.read_bytes())
+            found[other] = digest.hexdigest()[:12]
+    return found
 
 
 def older_than_start(records: Mapping[str, Record]) -> list[Record]:

@@ -31,7 +31,7 @@ from lib.config import StudyError, load_profile
 from lib.files import cannot_write, refused_write, write_atomically
 from lib.labels import label
 from lib.progress import duration, say
-from lib.records import Record, Records, cached, data_read, older_than_start, read_record, record_path
+from lib.records import Record, Records, cached, data_read, older_than_start, read_record, record_path, weights_read
 from lib.settings import Profile
 from lib.specs import Spec, parse_spec, spec_hash
 
@@ -170,7 +170,7 @@ def _run_and_record(profile: Profile, spec: Spec, run: Callable[[], dict[str, An
         raise
     record = Record(
         hash=spec_hash(spec), spec=spec, result=result, data=data_read(profile, spec),
-        code=environment.code_digest(), commit=environment.git_commit(),
+        weights=weights_read(profile, spec), code=environment.code_digest(), commit=environment.git_commit(),
         created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=round(time.monotonic() - started, 3),
         hardware=environment.hardware() | distributed.description(), packages=environment.packages(),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Records and the cache: stable names, nothing computed twice, nothing finished lost, one line when it goes wrong."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -473,6 +474,17 @@ def test_weights_without_a_record_are_trained_again_for_it(profile):
     record_path(profile, dense).unlink()
     experiments.finished_model(profile, dense)
     assert read_record(record_path(profile, dense))["score"] == before["score"]
+
+
+def test_a_record_names_the_weights_that_its_run_began_with(profile):
+    """Two records compare one model with another only where they name the same weights."""
+    dense = dense_spec(profile, "world_sentiment", 0)
+    child = dense.model_copy(update={"start": dense, "training": dense.training.model_copy(update={"epochs": 0})})
+    record_of_dense, record_of_child = ensure([dense, child], profile)
+    (weights,) = experiments.weights_folder(profile, dense).glob("*.safetensors")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    assert record_of_dense.weights == {} and record_of_child.weights == {record_of_dense.hash: digest}
+    assert read_record(record_path(profile, child)).weights == record_of_child.weights
 
 
 @pytest.mark.parametrize("points", [-5.0, -1.0, 1.0, 5.0])
