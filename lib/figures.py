@@ -285,7 +285,8 @@ def spread_note(rows: pd.DataFrame, of: str = "seeds") -> str:
         return "No run of ours is finished yet."
     if counts == [1]:
         return "Single runs (n = 1), so no interval."
-    note = f"Mean and 95 % bootstrap interval (band or bar) over n = {span(counts)} {of}"
+    ranges = f"; of two or three {of}: their range" if 2 in counts or 3 in counts else ""
+    note = f"Mean and 95 % bootstrap interval (band or bar{ranges}) over n = {span(counts)} {of}"
     return f"{note}; no interval where n = 1." if counts[0] == 1 else f"{note}."
 
 

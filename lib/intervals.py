@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+SPREAD = "95 % bootstrap interval (of two or three seeds: their range)"  # what captions call ``low`` to ``high``
+
 
 class Interval(NamedTuple):
     """A mean with its 95 % interval; ``low`` and ``high`` are NaN when ``n`` is below 2."""
@@ -33,6 +35,8 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, resamples: int = 9999) 
     """Mean and 95 % percentile-bootstrap interval of ``values`` (NaN are left out).
 
     With a handful of seeds the interval is narrow by construction: it shows the spread that was seen, not all there is.
+    Of two or three values it is their range, since one mean in four or in 27 resamples is the least of them; captions
+    say so (``SPREAD``).
     """
     sample = np.asarray(values, dtype=float).ravel()
     sample = sample[~np.isnan(sample)]

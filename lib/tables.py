@@ -10,6 +10,9 @@ import pandas as pd
 from lib.config import StudyError
 from lib.files import write_atomically
 
+PAGE = 100  # characters of a line that fits a page as it is
+LONG = 24  # characters of a cell that is wrapped where the line does not fit
+
 Formats = Mapping[str, str | Callable[[Any], str]]
 
 
@@ -55,14 +58,29 @@ def markdown_table(frame: pd.DataFrame, formats: Formats | None = None) -> str:
 
 
 def latex_table(frame: pd.DataFrame, caption: str, label: str, formats: Formats | None = None) -> str:
-    """``frame`` as a LaTeX table with booktabs rules, everything escaped."""
-    cells = _formatted(frame, formats).map(latex_text)
+    """``frame`` as a LaTeX table with booktabs rules, everything escaped; long text wraps to the width of the line."""
+    plain = _formatted(frame, formats)
+    cells, columns = plain.map(latex_text), _latex_columns(plain, _numeric(frame))
     cells.columns = [latex_text(str(column)) for column in frame.columns]
-    columns = "".join("r" if numeric else "l" for numeric in _numeric(frame))
     return cells.to_latex(
         index=False, escape=False, caption=latex_text(caption.strip()), label=label, column_format=columns,
         position="tbp",
     )  # fmt: skip
+
+
+def _latex_columns(cells: pd.DataFrame, numeric: list[bool]) -> str:
+    """Numbers to the right; columns of long text share what the others leave of a line that is too long for a page."""
+    widths = [int(cells[column].map(len).max()) if len(cells) else 0 for column in cells]
+    long = [width > LONG and not number for width, number in zip(widths, numeric, strict=True)]
+    if sum(widths) <= PAGE or not any(long):
+        return "".join("r" if number else "l" for number in numeric)
+    taken = sum(width for width, wraps in zip(widths, long, strict=True) if not wraps)
+    room = max(0.5, 0.94 - 0.03 * len(widths) - taken / PAGE)  # of the line, less the space between columns
+    shares = [width**0.5 * wraps for width, wraps in zip(widths, long, strict=True)]
+    return "".join(
+        f"p{{{room * share / sum(shares):.2f}\\linewidth}}" if share else "r" if number else "l"
+        for share, number in zip(shares, numeric, strict=True)
+    )
 
 
 def _numeric(frame: pd.DataFrame) -> list[bool]:

@@ -1,6 +1,7 @@
 """House style, byte-stable files, honest intervals, and tables that LaTeX takes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lib import figures, tables
+from lib import engines, figures, tables
 from lib.config import StudyError
 from lib.intervals import bootstrap_interval
 from lib.plots.over_training import density_over_training
@@ -73,7 +74,7 @@ def test_size_resolution_fonts_and_rows(saved):
     rows = pd.read_csv(folder / "drops.csv")
     assert list(rows.columns) == ["method", "published", "K", "score", "low", "high", "n"]
     assert rows["n"].tolist() == [2] * 6 and rows["published"].tolist() == [False] * 3 + [True] * 3
-    interval = "Mean and 95 % bootstrap interval (band or bar) over n = 2 seeds."
+    interval = "Mean and 95 % bootstrap interval (band or bar; of two or three seeds: their range) over n = 2 seeds."
     assert (folder / "drops.txt").read_text() == f"Toy. {interval}\n"
 
 
@@ -89,7 +90,6 @@ def test_every_method_has_its_own_look_and_dense_is_black():
 
 
 def test_every_engine_has_a_style():
-    engines = pytest.importorskip("lib.engines")
     for engine in engines.ENGINES:
         assert figures.style_of(engine)["label"]
 
@@ -255,6 +255,15 @@ def test_tables_in_three_formats(tmp_path):
     for part in (r"\toprule", r"\bottomrule", r"{lrrr}", r"\caption{Sizes $\pm$ 1 \%.}", r"\label{tab:sizes}"):
         assert part in tex
     assert r"BERT \& co & 91.2 & 2 & 1.94$\times$ \\" in tex and r"a|b 50\% & --" in tex and r"model\_name" in tex
+
+
+def test_long_text_wraps_in_latex_within_the_line():
+    text = "a sentence that no page holds beside another of its kind, " * 3
+    frame = pd.DataFrame({"claim": [text, "short"], "score": [1.0, 2.0], "evidence": [text * 2, "short"]})
+    columns = tables.latex_table(frame, "c", "l").split("\\begin{tabular}{")[1].splitlines()[0]
+    shares = [float(share) for share in re.findall(r"p{([\d.]+)\\linewidth}", columns)]
+    assert len(shares) == 2 and shares[0] < shares[1] and sum(shares) < 0.9 and "r" in columns
+    assert r"{lr}" in tables.latex_table(frame[1:].drop(columns="claim")[["evidence", "score"]], "c", "l")
 
 
 def test_table_mistakes_are_named(tmp_path):

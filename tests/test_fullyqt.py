@@ -12,6 +12,7 @@ from lib.analysis.fullyqt import (
     everything,
     guard_frame,
     norm_frame,
+    parents_note,
     part_frame,
     procedure,
     published_retained,
@@ -169,6 +170,28 @@ def test_bucketing_and_guards_are_paired(profile):
     (guards,) = guard_frame(frame).to_dict("records")
     assert (guards["guarded"], guards["denominator from zero"], guards["spread"]) == (75.0, 10.0, 9.5)
     assert guards["vanishes"] == pytest.approx((2 * 63) ** 0.5)
+
+
+def test_a_model_trained_again_between_runs_is_told(profile):
+    """The denominators are measured before anything is rounded: other ones are another model's."""
+    rows = [scored(plan.dense_translation(profile, TASK, 0), 40.0)]
+    rows += [scored(plan.post_training(profile, TASK, 0, bits), 30.0) for bits in (8, 6)]
+    for row, spread in zip(rows[1:], (6.999, 7.001), strict=True):
+        row.result["compression"] = {"denominator_spread": spread}
+    assert parents_note(quantized_frame(rows)) == "", "the same model, measured by another library"
+    rows[-1].result["compression"] = {"denominator_spread": 6.69}
+    assert parents_note(quantized_frame(rows)).startswith("On World translation (invented) the dense model was trained")
+    assert parents_note(quantized_frame([])) == ""
+
+
+def test_a_variance_that_cannot_vanish_tests_no_claim(profile):
+    claim = "Quantising everything naively diverges (denominator from zero)"
+    made = records(profile, diverges=False)
+    for spread, word in ((2.5, "not testable here"), (99.0, "does not hold here")):
+        for row in made:
+            row.result["compression"] = {"denominator_spread": spread}
+        row = claims_of.verdicts(quantized_frame(made), quantized_frame([]), DELAY).set_index("claim").loc[claim]
+        assert row["verdict"] == word and row["evidence"].endswith(f"models' differ {spread:.1f} times at most")
 
 
 def test_published_shares():

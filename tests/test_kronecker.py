@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
@@ -63,6 +64,7 @@ from lib.runs import ensure
 from lib.specs import (
     LatencyModel,
     LatencySpec,
+    MajoritySpec,
     TextDistillationSpec,
     TrainingSpeedSpec,
     dense_spec,
@@ -715,20 +717,20 @@ def scores(**retained: float) -> pd.DataFrame:
     for task in ("sst2", "mrpc", "rte"):
         for seed in (0, 1):
             about = {"task": task, "title": TASKS[task].title, "seed": seed}
-            about |= {"floor": 60.0, "informative": True}
-            rows.append(about | {"configuration": "dense", "variant": "dense", "score": 80.0, "retained": 100.0})
+            about |= {"floor": 60.0, "informative": True, "loss left (%)": 97.0}
+            dense = {"score": 80.0, "retained": 100.0, "paper retained": 100.0}
+            rows.append(about | {"configuration": "dense", "variant": "dense"} | dense)
             for key, value in retained.items():
                 name, _, variant = key.partition("_")
-                rows.append(
-                    about | {"configuration": name, "variant": variant, "score": 0.8 * value, "retained": value}
-                )
+                shares = {"score": 0.8 * value, "retained": value, "paper retained": value}
+                rows.append(about | {"configuration": name, "variant": variant} | shares)
     return pd.DataFrame(rows)
 
 
 def timed(kron8: float, kron21: float) -> pd.DataFrame:
     common = {"cpu": "a CPU", "batch": 1, "length": 128, "threads": 2, "disturbed": False}
     return pd.DataFrame([
-        common | {"engine": engine, "model": model, "ratio_to_dense": ratio}
+        common | {"engine": engine, "model": model} | dict.fromkeys(("ratio_to_dense", "ratio_q1", "ratio_q3"), ratio)
         for engine in ("e0", "e1") for model, ratio in (("dense", 1.0), ("kron8", kron8), ("kron21", kron21))
     ])  # fmt: skip
 
@@ -742,6 +744,8 @@ def test_verdicts_follow_the_numbers():
         "KroneckerBERT21 is 21 times": "holds",
         "KroneckerBERT8 is slower than": "holds",
         "KroneckerBERT19 is faster than": "holds",
+        "KroneckerBERT8 keeps its shares": "holds",
+        "KroneckerBERT21 keeps its shares": "holds in part",  # of MRPC's F1 99.1 % are printed
         "KroneckerBERT8 retains more than": "holds",
         "KroneckerBERT21 retains more than": "does not hold here",
         "KroneckerBERT8 keeps that share": NOT_RUN,
@@ -751,13 +755,16 @@ def test_verdicts_follow_the_numbers():
     }
     dull = rows.assign(informative=rows["task"] == "rte")
     judged = claims_of.verdicts(dull, timed(0.8, 1.2)).set_index("claim")
-    kept = judged.loc["KroneckerBERT21 retains more than 99 % on most GLUE tasks"]
+    kept = judged.loc["KroneckerBERT21 retains more than 99 % on most GLUE tasks (not claimed)"]
     assert kept["ours"] == "0 of 1 tasks" and kept["evidence"].endswith("close to one answer for all: SST-2, MRPC")
     useless = rows.assign(floor=75.0)
     row = claims_of.verdicts(useless, timed(0.8, 1.2)).set_index("claim").loc["The first stage is worth much"]
-    assert row["evidence"].endswith("without it 6 of 6 do no better than one answer for all")
+    assert (
+        "without it 6 of 6 do no better than one answer for all: their training loss ended at 97 %" in row["evidence"]
+    )
     mixed = timed(0.8, 1.2)
-    mixed.loc[mixed["engine"] == "e1", "ratio_to_dense"] = [1.0, 1.1, 0.9]
+    for column in ("ratio_to_dense", "ratio_q1", "ratio_q3"):
+        mixed.loc[mixed["engine"] == "e1", column] = [1.0, 1.1, 0.9]
     both = claims_of.verdicts(rows, mixed).set_index("claim")["verdict"]
     assert both["KroneckerBERT8 is slower than BERT-base"] == "holds in part"
     assert both["KroneckerBERT19 is faster than BERT-base on a CPU"] == "holds in part"
@@ -795,12 +802,14 @@ def test_rates_are_shares_of_the_dense_models_on_the_same_engine():
 
 @pytest.mark.parametrize(
     ("operations", "traffic", "key"),
-    [(50, 10, "arithmetic"), (49, 100, "traffic"), (49, 49, "neither"), (49, 50, "between"), (49, 99, "between")],
+    [(50, 10, "arithmetic"), (50, 90, "arithmetic"), (49, 50, "traffic"), (49, 49, "neither")],
 )
 def test_what_may_hold_a_model_up_follows_its_rates(operations, traffic, key):
-    row = {"model": "kron8", "precision": "fp32", "disturbed": False}
-    row |= {"GFLOP/s of dense (%)": operations, "GB/s of dense (%)": traffic}
+    """Bytes are measured by the most that any row moves on the processor: the dense model is no ceiling."""
+    row = {"model": "kron8", "precision": "fp32", "disturbed": False, "cpu": "a CPU"}
+    row |= {"GFLOP/s of dense (%)": operations, "GB/s": traffic}
     rest = [row | change for change in ({"model": "dense"}, {"precision": "int8"}, {"disturbed": True})]
+    rest += [rest[0] | {"GB/s": 100.0}, rest[0] | {"GB/s": 1000.0, "cpu": "another"}]
     assert {name: len(rows) for name, rows in bounds(pd.DataFrame([row, *rest])).items() if len(rows)} == {key: 1}
 
 
@@ -828,7 +837,7 @@ def test_disturbed_runs_do_not_judge_speed():
         .str.contains("left out, the dense model's quartiles more than 20 % of its median apart: e1")
         .all()
     )
-    assert found["evidence"].str.startswith("1 engine on").all()
+    assert found["evidence"].str.contains("1 engine on").all()
     found = claims_of.verdicts(scores(), speed.assign(disturbed=True)).set_index("claim").loc[claims]
     assert set(found["verdict"]) == {"cannot tell: every run was disturbed"}
     assert found["evidence"].str.endswith("apart: e0, e1").all()
@@ -845,6 +854,18 @@ def test_ablations_are_compared_where_all_are_finished():
     rows = rows[~((rows["task"] == "rte") & (rows["seed"] == 1) & (rows["variant"] == "no_text"))]
     kept = complete(rows[rows["configuration"] == "kron8"], ["full", "no_text"])
     assert len(kept) == 10 and not ((kept["task"] == "rte") & (kept["seed"] == 1)).any()
+
+
+def test_a_share_beside_the_paper_is_one_of_the_papers_metric():
+    """GLUE's table has F1 on MRPC: an accuracy 20 % lower and an F1 5 % lower are 5 % lost there."""
+    profile = load_profile("study")
+    student = task_stage(profile, "mrpc", 0, "kron8")
+    runs = [finished(spec, score=score, f1=f1, compression={"ratio": 8.0}, model={"parameters": 8, "size_bytes": 32})
+            for spec, score, f1 in ((dense_spec(profile, "mrpc", 0), 80.0, 90.0), (student, 64.0, 85.5))]  # fmt: skip
+    floor = finished(MajoritySpec(task="mrpc", data="local"), score=60.0, f1=81.0)
+    row = kronecker_frame([*runs, floor], profile).set_index("configuration").loc["kron8"]
+    assert (row["retained"], row["paper retained"], row["floor"]) == (80.0, pytest.approx(95.0), 60.0)
+    assert row["floor retained"] == pytest.approx(90.0) and np.isnan(row["loss left (%)"])
 
 
 def test_frames_of_an_unfinished_study(profile):

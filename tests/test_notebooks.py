@@ -16,7 +16,7 @@ import papermill
 import pytest
 
 from lib import execute
-from lib.config import ROOT
+from lib.config import ROOT, load_profile
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OUTLINE = ["What the paper claims", "The idea", "Check it by hand", "The runs"]
@@ -142,6 +142,19 @@ def test_plain_papermill_works_from_another_folder(path, smoke, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out.ipynb").is_file()
+
+
+@each
+def test_every_setting_that_a_parameter_stands_for_is_one_of_the_profile(path):
+    """An empty parameter is skipped, so that a wrong name shows only when somebody gives it a value."""
+    (start,) = [cell.source for cell in code(path) if "notebook.start(" in cell.source]
+    keys = [key.value for node in ast.walk(ast.parse(start)) if isinstance(node, ast.Dict) for key in node.keys]
+    profile = load_profile("quick")
+    for key in keys:
+        value: Any = profile
+        for name in key.split("."):
+            value = getattr(value, name)
+        assert load_profile("quick", **{key: value}) == profile
 
 
 @each

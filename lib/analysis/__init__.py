@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lib.config import StudyError
+from lib.data import TASKS
 from lib.intervals import bootstrap_interval
 from lib.published import published
 from lib.records import Record
@@ -60,6 +61,20 @@ def uninformative(records: Iterable[Record]) -> set[str]:
 def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:
     """For every row of ``frame`` the entry of ``values``, indexed by (task, seed), that is its own; NaN without one."""
     return values.reindex(pd.MultiIndex.from_frame(frame[["task", "seed"]])).to_numpy()
+
+
+def examples_note(records: Iterable[Record]) -> str:
+    """The caption's sentence on how much of each data set stands behind its scores, from the dense runs' own counts.
+
+    A part of a data set is not the whole that a paper trained and scored on; "" without a dense run.
+    """
+    sizes = {
+        TASKS[record.spec.task].title: f"{record['train_examples']:,} / {record['eval_examples']:,}"
+        for record in records
+        if isinstance(record.spec, TrainSpec) and is_dense(record.spec)
+    }
+    listed = "; ".join(f"{title} {size}" for title, size in sizes.items())
+    return f"Examples here, training / scored: {listed}." if sizes else ""
 
 
 def distinct(rows: pd.DataFrame, column: str) -> str:

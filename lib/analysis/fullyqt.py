@@ -12,12 +12,14 @@ from lib.plans.fullyqt import GUARDS
 from lib.published import published
 from lib.quantized_layers import PARTS
 from lib.records import Record
+from lib.runs import SAME_MODEL
 from lib.specs import EngineQualitySpec, TrainSpec, TranslationLatencySpec, TranslationSpec
 
 # How a model came to its bits.
 PROCEDURES = {
     "dense": "dense", "control": "dense, trained on", "post": "rounded after training",
-    "aware": "trained on with rounding", "scratch": "trained with rounding from the start", "naive": "without a guard",
+    "aware": "trained on with rounding", "scratch": "from random weights, rounding after a delay",
+    "naive": "without a guard",
 }  # fmt: skip
 STYLES = {"post": "quantized-post", "aware": "quantized-aware", "scratch": "quantized-scratch"}
 FLOAT_BITS = 32
@@ -89,6 +91,23 @@ def everything(frame: pd.DataFrame, scratch_delay: float, procedures: Iterable[s
     anew = whole["recalibrated"].groupby([whole[name] for name in ("task", "seed", "procedure", "bits")])
     kept_old = ~whole["recalibrated"].astype(bool) & anew.transform("any").astype(bool)
     return whole[(whole["guards"] == "") & ~other & ~kept_old]
+
+
+def parents_note(frame: pd.DataFrame) -> str:
+    """The caption's sentence on tasks whose rounded models of one seed do not all come from the same weights; or "".
+
+    ``spread`` is measured before anything is rounded, so runs of one model have the same. Where a dense model's weights
+    had not travelled with its record, it was trained again, and another processor or thread count makes another model.
+    """
+    rows = frame[(frame["procedure"] == "post") & frame["spread"].notna()]
+    spreads = rows.assign(spread=rows["spread"].astype(float).round(2)).groupby(["title", "seed"])["spread"].nunique()
+    mixed = [str(title) for title, count in spreads.groupby("title").max().items() if count > 1]
+    if not mixed:
+        return ""
+    return (
+        f"On {', '.join(mixed)} the dense model was trained again between these runs, on another machine, and differs "
+        f"by up to {SAME_MODEL:.0f} points of score: smaller differences between rows say nothing there."
+    )
 
 
 def part_frame(frame: pd.DataFrame) -> pd.DataFrame:

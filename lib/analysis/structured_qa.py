@@ -109,13 +109,14 @@ def data_sets_frame(frame: pd.DataFrame) -> pd.DataFrame:
     Args:
         frame: of ``structured_frame``.
 
-    What is distilled here stands beside what the paper retrained; ``published`` is NaN where Table 1 has no such point.
+    What is distilled here stands beside what the paper retrained; ``published`` is the later version's where the first
+    one's Table 1 has no such point, and NaN where neither has.
     """
     points = frame[(frame["kind"] == "both") & (frame["selection"] == "l0")]
     removed = {f"{kind} removed (%)": (100 * (1 - points[kind])).round(0) for kind in ("heads", "units")}
     table = summarise(points.assign(**removed), ["title", *removed, "recovery"], "retained")
-    printed = published_points().query("place == 'v1 Table 1'").round({name: 0 for name in removed})
-    paper = printed.set_index([*removed, "recovery"])["retained"]
+    printed = published_points().sort_values("place", ascending=False).round({name: 0 for name in removed})
+    paper = printed.drop_duplicates([*removed, "recovery"]).set_index([*removed, "recovery"])["retained"]
     trained = table["recovery"].where(table["recovery"] == NONE, "retrain")
     table["published"] = paper.reindex([*zip(*(table[name] for name in removed), trained, strict=True)]).to_numpy()
     return table.rename(columns={"title": "task"})

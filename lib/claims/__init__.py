@@ -11,6 +11,7 @@ import pandas as pd
 
 from lib.analysis import distinct
 from lib.data import TASKS
+from lib.figures import counted
 from lib.intervals import Interval, bootstrap_interval, t_interval
 from lib.settings import Profile
 
@@ -22,12 +23,14 @@ RULES = (
     "*Size* is exact arithmetic on the published architecture and holds where it is at most "
     f"{100 * SIZE_TOLERANCE:.0f} % above the printed one. *Speed* is measured at the published shape on the processors "
     "that are named beside it (the papers' numbers are mostly a GPU's) and holds from "
-    f"{100 * SPEED_TOLERANCE:.0f} % of the printed one. *Quality* compares shares of the dense model's score on this "
-    f"profile's encoder and data, and holds from {QUALITY_TOLERANCE:.0f} points below the printed share. Where another "
-    "bound is used, the evidence names it; where only some engines, processors or tasks reach it, a claim *holds "
+    f"{100 * SPEED_TOLERANCE:.0f} % of the printed one; a ratio whose quartiles over rounds hold that bound decides "
+    "nothing. *Quality* compares shares of the dense model's score on this "
+    f"profile's encoder and data, and holds from {QUALITY_TOLERANCE:.0f} points below the printed share; the "
+    "range beside a share is that of two or three seeds, the 95 % bootstrap interval of more. Where another bound is "
+    "used, the evidence names it; where only some engines, processors or tasks reach it, a claim *holds "
     "in part*. Whether one method is better than another is judged by paired runs, on every task for itself unless the "
     "evidence says that it is over tasks, and cannot be told where the 95 % Student t interval holds zero. Fewer than "
-    f"{ENOUGH_SEEDS} seeds decide nothing about quality; a task with fewer, beside one with enough, may turn "
+    f"{ENOUGH_SEEDS} seeds decide nothing about quality; a task with fewer, beside one with enough, can only turn "
     "*holds* into *holds in part*. Times of different runs decide nothing where their quartiles overlap. *Not "
     "testable here* is what this profile's encoder or data cannot show; *not run yet* waits for its records."
 )
@@ -44,21 +47,22 @@ VERDICTS = (
 )
 
 
-def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool] | None, evidence: str,
-            seeds: int | None = None) -> dict[str, str]:  # fmt: skip
+def verdict(claim: str, check: str, printed: str, ours: str, holds: bool | Iterable[bool | None] | None,
+            evidence: str, seeds: int | None = None) -> dict[str, str]:  # fmt: skip
     """One row of a table of verdicts.
 
     Args:
         check: "size", "speed", "quality" or "original setting".
         ours: what was measured, or ``NOT_RUN``, which is the verdict as well.
-        holds: one answer, or one for each engine, processor or task, of which some may hold and others not;
-            None means that the records at hand cannot tell.
+        holds: one answer, or one for each engine, processor or task, of which some may hold, others not and others
+            (None) decide nothing; None for all means that the records at hand cannot tell.
         seeds: of the compared rows (``seeds_of``); fewer than ``ENOUGH_SEEDS`` leave a claim about quality undecided.
     """
     word = ours if ours == NOT_RUN else "not testable here"
     if holds is not None:
-        cases = [holds] if isinstance(holds, bool) else list(holds)
+        cases = [holds] if isinstance(holds, bool) else [case for case in holds if case is not None]
         word = "holds" if all(cases) else "holds in part" if any(cases) else "does not hold here"
+        word = word if cases else "cannot tell: every one's quartiles hold the bound"
     if check == "quality" and holds is not None and seeds is not None and seeds < ENOUGH_SEEDS:
         word = f"too few seeds to tell (n = {seeds})"
     return {"claim": claim, "check": check, "published": printed, "ours": ours, "verdict": word, "evidence": evidence}
@@ -70,10 +74,33 @@ def as_small(exact: float, printed: float) -> bool:
 
 
 def timed_on(rows: pd.DataFrame) -> str:
-    """The conditions of timed ``rows`` (columns engine, cpu, batch, length, threads) in words."""
-    engines = rows["engine"].nunique()
-    cpu, batch, length, threads = (distinct(rows, column) for column in ("cpu", "batch", "length", "threads"))
-    return f"{engines} engine{'s' * (engines > 1)} on {cpu}, batch {batch} × {length} tokens, {threads} threads"
+    """The conditions of timed ``rows`` (columns engine, cpu, batch, length, threads) in words.
+
+    Processors that timed different batches have theirs named each.
+    """
+    batches = {str(cpu): distinct(part, "batch") for cpu, part in rows.groupby("cpu")}
+    shared = len(set(batches.values())) == 1
+    places = [cpu if shared else f"{cpu} at batch {batch}" for cpu, batch in batches.items()]
+    size = f"batch {distinct(rows, 'batch')} × " * shared + f"{distinct(rows, 'length')} tokens"
+    engines = counted(rows["engine"].nunique(), "engine")
+    return f"{engines} on {' and '.join(places)}, {size}, {distinct(rows, 'threads')} threads"
+
+
+def reaches(rows: pd.DataFrame, bound: float, ratio: str = "ratio_to_dense") -> tuple[list[bool | None], str]:
+    """Whether each timed row is at least ``bound`` times as fast as dense; None where its quartiles hold the bound.
+
+    Args:
+        rows: columns ``ratio``, ratio_q1 and ratio_q3 (over rounds).
+
+    Returns:
+        One answer a row for ``verdict``, and what the evidence says of them.
+    """
+    low, high = rows["ratio_q1"] >= bound, rows["ratio_q3"] >= bound
+    answers = rows[ratio] >= bound
+    found = [bool(answer) if one == other else None for answer, one, other in zip(answers, low, high, strict=True)]
+    open_ = found.count(None)
+    note = f"{found.count(True)} of {len(found)} reach the bound of {bound:.2f} ×"
+    return found, note + f", {open_} cannot tell (it lies within the quartiles)" * bool(open_)
 
 
 def signed(found: Interval, unit: str = "points", alone: str = "a single pair") -> str:
@@ -89,7 +116,8 @@ def leads(claim: str, printed: str, pairs: pd.DataFrame, evidence: str, unit: st
     (several sparsities) are no independent evidence and count once. An interval that holds zero decides nothing.
 
     Args:
-        pairs: columns task, seed and gain (how much better, in ``unit``), one row per pair.
+        pairs: columns task (or another condition to be judged for itself, in words), seed and gain (how much better,
+            in ``unit``), one row per pair.
         unit: what ``gain`` is in, as the reader sees it.
     """
     seeds = pairs.groupby(["task", "seed"], sort=False)["gain"].mean()
@@ -135,10 +163,23 @@ def kept_by_task(rows: pd.DataFrame) -> tuple[str, pd.Series]:
     return "; ".join(shown), pd.Series({title: share.mean for title, share in found.items()})
 
 
+def weighed(rows: pd.DataFrame, holds: pd.Series) -> list[bool | None]:
+    """Every task's answer for ``verdict``: beside a task with enough seeds, one with fewer speaks only against a claim.
+
+    Args:
+        rows: columns title and seed.
+        holds: whether each title bears the claim out.
+    """
+    few = rows.groupby("title")["seed"].nunique().reindex(holds.index) < ENOUGH_SEEDS
+    silent = few & holds & (not few.all())
+    return [None if quiet else bool(answer) for quiet, answer in zip(silent, holds, strict=True)]
+
+
 def retains(claim: str, share: float, rows: pd.DataFrame, evidence: str, printed: str = "") -> dict[str, str]:
     """Verdict on a claim of quality: the mean ``retained`` share against the published one, in percent, per task.
 
-    Tasks with too few seeds decide nothing alone; beside others, one that misses the bound leaves *holds in part*.
+    Tasks with too few seeds decide nothing alone; beside others, one that misses the bound leaves *holds in part*
+    (``weighed``).
 
     Args:
         share: what the paper keeps, in percent.
@@ -146,7 +187,7 @@ def retains(claim: str, share: float, rows: pd.DataFrame, evidence: str, printed
         printed: what the reader sees of the paper, if that is more than ``share``.
     """
     shown, means = kept_by_task(rows)
-    holds = means >= share - QUALITY_TOLERANCE
+    holds = weighed(rows, means >= share - QUALITY_TOLERANCE)
     return verdict(claim, "quality", printed or f"{share:.1f} %", shown, holds, evidence, seeds_of(rows))
 
 

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from lib.analysis.fullyqt import PROCEDURES, everything, published_retained
-from lib.claims import NOT_CLAIMED, NOT_RUN, as_small, kept_by_task, leads, seeds_of, verdict
+from lib.analysis.fullyqt import PROCEDURES, everything, guard_frame, published_retained
+from lib.claims import NOT_CLAIMED, NOT_RUN, as_small, kept_by_task, leads, seeds_of, verdict, weighed
 from lib.published import published
 from lib.quantized_storage import exact_bytes
 from lib.translation import TranslationConfig, TranslationModel
@@ -77,7 +77,8 @@ def _lossless(claim: str, whole: pd.DataFrame, bits: int, kind: str) -> dict[str
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
     shown, means = kept_by_task(rows)
     evidence = f"retained score, at least {100 - LOSSLESS:.0f} %{_against_control(rows)}{source}"
-    return verdict(claim, "quality", printed, shown, means >= 100 - LOSSLESS, evidence, seeds_of(rows))
+    holds = weighed(rows, means >= 100 - LOSSLESS)
+    return verdict(claim, "quality", printed, shown, holds, evidence, seeds_of(rows))
 
 
 def _against_control(rows: pd.DataFrame) -> str:
@@ -111,12 +112,12 @@ def _collapses(whole: pd.DataFrame, bits: int) -> dict[str, str]:
     means = rows.groupby(["title", "procedure"])["retained"].mean().reset_index().sort_values("retained")
     best = means.groupby("title", sort=False).last()
     chosen = [rows[(rows["title"] == title) & (rows["procedure"] == row.procedure)] for title, row in best.iterrows()]
-    shown, means_of_best = kept_by_task(pd.concat(chosen))
+    at_best = pd.concat(chosen)
+    shown, means_of_best = kept_by_task(at_best)
     ways = ", ".join(PROCEDURES[name] for name in best["procedure"].unique())
     evidence = f"retained BLEU of the best way ({ways}); collapse: under {COLLAPSED:.0f} %; {SECOND_HAND}"
-    return verdict(
-        claim, "quality", _printed(bits, "aware"), shown, means_of_best < COLLAPSED, evidence, seeds_of(rows)
-    )
+    holds = weighed(at_best, means_of_best < COLLAPSED)
+    return verdict(claim, "quality", _printed(bits, "aware"), shown, holds, evidence, seeds_of(rows))
 
 
 def _diverges(frame: pd.DataFrame, guards: str, claimed: str = "") -> dict[str, str]:
@@ -131,4 +132,11 @@ def _diverges(frame: pd.DataFrame, guards: str, claimed: str = "") -> dict[str, 
     found = f"first not finite: {', '.join(sorted(places))}" if len(bad) else "all values stayed finite"
     bits = ", ".join(str(width) for width in sorted(rows["bits"].unique(), reverse=True))
     evidence = f"{found}; trained with rounding, {bits} bits; {SECOND_HAND}"
-    return verdict(claim, "quality", "it diverges", ours, len(bad) == len(rows), evidence, seeds_of(rows))
+    holds: bool | None = len(bad) == len(rows)
+    measured = guard_frame(frame[frame["task"].isin(rows["task"])]).dropna(subset=["spread"])
+    if guards == "denominator from zero" and bad.empty and len(measured):
+        most, least = measured["spread"].max(), measured["vanishes"].min()
+        holds = None if most < least else holds
+        evidence += f"; a variance vanishes where denominators differ {least:.1f} times, the finished models' "
+        evidence += f"differ {most:.1f} times at most"
+    return verdict(claim, "quality", "it diverges", ours, holds, evidence, seeds_of(rows))

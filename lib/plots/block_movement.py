@@ -17,6 +17,7 @@ from lib.records import Record
 
 PRUNED = ("hybrid", "hybrid-filled", "hybrid-top-k", "hybrid-alone", "block", "struct", "movement", "magnitude",
           "hybrid-large", "hybrid-large-filled")  # fmt: skip
+PALE = {"linestyle": "", "alpha": 0.6, "markersize": 2.5, "markeredgewidth": 0, "label": "_seeds"}  # single seeds
 SHADES = (figures.GREEN, figures.VERMILION, figures.BLUE, figures.ORANGE, figures.PURPLE, figures.SKY)
 
 
@@ -78,8 +79,7 @@ def _by_strength(ax: Axes, part: pd.DataFrame, x: str, y: str, method: str) -> p
     style = figures.style_of(method)
     ax.errorbar(points[x], points[y], figures.error_bars(points, y), capsize=2, zorder=3, **style)
     if points["n"].max() > 1:
-        pale = {"linestyle": "", "alpha": 0.6, "markersize": 2.5, "markeredgewidth": 0, "label": "_seeds"}
-        ax.plot(part[x], part[y], zorder=2, **style | pale)
+        ax.plot(part[x], part[y], zorder=2, **style | PALE)
     _ring(ax, part[part["held"]], x, y)
     return points
 
@@ -148,23 +148,31 @@ def block_sizes(frame: pd.DataFrame, sizes: Sequence[str]) -> tuple[Figure, pd.D
 
     Args:
         frame: ``analysis.block_movement.block_trials``; one colour per block size, one marker per task, bars over
-            seeds, and a ring where the least density held in a run.
+            seeds; every seed small and pale, with a ring where its least density held.
+
+    Returns:
+        The figure, and its means with the span of their seeds' weights left (``least left``, ``most left``).
     """
     fig, axes = figures.new_figure("page", 1, 2, sharey=True)
     by, frame = ["block", "title"], frame.dropna(subset=["retained"])
-    sizes_left = frame.groupby(by).agg(density=("density", "mean"), stored=("stored", "mean"), held=("held", "any"))
+    sizes_left = frame.groupby(by).agg(
+        density=("density", "mean"), stored=("stored", "mean"), held=("held", "sum"),
+        **{"least left": ("density", "min"), "most left": ("density", "max")},
+    )  # fmt: skip
     rows = summarise(frame, by, "retained").join(sizes_left, on=by)
     titles = list(dict.fromkeys(rows["title"]))
     for size, color in zip(sizes, SHADES, strict=False):
         for title, marker in zip(titles, "os^D", strict=False):
             part = rows[(rows["block"] == size) & (rows["title"] == title)]
+            seeds = frame[(frame["block"] == size) & (frame["title"] == title)]
             for ax, x in zip(axes, ("density", "stored"), strict=True):
-                style = {"marker": marker, "color": color, "linestyle": "", "label": f"{size}, {title}"}
-                ax.errorbar(part[x], part["retained"], figures.error_bars(part, "retained"), elinewidth=0.7, **style)
-    for ax, x, label in zip(
-        axes, ("density", "stored"), ("weights left (%)", "weights stored after removal (%)"), strict=True
-    ):
-        _ring(ax, rows[rows["held"]], x, "retained")
+                style = {"marker": marker, "color": color, "linestyle": ""}
+                named = style | {"elinewidth": 0.7, "label": f"{size}, {title}"}
+                ax.errorbar(part[x], part["retained"], figures.error_bars(part, "retained"), **named)
+                if len(seeds) > len(part):
+                    ax.plot(seeds[x], seeds["retained"], zorder=2, **style | PALE)
+                _ring(ax, seeds[seeds["held"]], x, "retained")
+    for ax, label in zip(axes, ("weights left (%)", "weights stored after removal (%)"), strict=True):
         ax.set(xlabel=label)
     axes[0].set_ylabel("retained share (%)")
     figures.outside_legend(fig)
