@@ -20,12 +20,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
 
 from lib import plans
 from lib.command_line import Parser, exit_code
@@ -36,32 +35,13 @@ from lib.plans import MEASURED_FIRST, PLANS, common, make_plan
 from lib.progress import say
 from lib.records import record_path
 from lib.settings import Profile
-from lib.specs import Spec
+from lib.specs import Spec, needed_runs
 
 # Kinds of runs that measure time, in rounds, and that another run beside them would disturb.
 MEASURING = tuple(kind.model_fields["kind"].default for kind in get_args(Spec) if "rounds" in kind.model_fields)
 FIRST_PRIORITY = 1_000_000  # of a plan's first job; the next has one less, so that both plannings order alike
 PROFILE_PARAMETERS = ("tasks", "seeds", "encoder", "data", "data_dir", "results")  # what may replace the profile's
 INSTALL = "pip install 'snakemake>=9', or leave --jobs out and the notebooks compute the runs one after another"
-
-
-def needs(spec: Spec) -> list[Spec]:
-    """The runs that ``spec`` names in any of its fields: their records are wanted before it can begin."""
-    return [found for name in type(spec).model_fields for found in _specs_in(getattr(spec, name))]
-
-
-def _specs_in(value: Any) -> Iterator[Spec]:
-    if isinstance(value, Spec):
-        yield value
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _specs_in(getattr(value, name))
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _specs_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _specs_in(item)
 
 
 def job_name(profile: Profile, spec: Spec) -> str:
@@ -75,7 +55,7 @@ def jobs_of(plan: Iterable[Spec], profile: Profile) -> dict[str, Spec]:
 
     def add(spec: Spec) -> None:
         if job_name(profile, spec) not in jobs:
-            for other in needs(spec):
+            for other in needed_runs(spec):
                 add(other)
             jobs[job_name(profile, spec)] = spec
 
@@ -117,7 +97,7 @@ def write_plan(path: Path, profile: Profile, names: Sequence[str], arguments: Se
         "measured_first": waiting,
         "rest": f"rest-{hashlib.sha256(' '.join(waiting).encode()).hexdigest()[:12]}.json",
         "jobs": {
-            name: {"needs": [job_name(profile, other) for other in needs(spec)], "priority": FIRST_PRIORITY - number}
+            name: {"needs": [job_name(profile, one) for one in needed_runs(spec)], "priority": FIRST_PRIORITY - number}
             for number, (name, spec) in enumerate(jobs.items())
         },
     }

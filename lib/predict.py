@@ -32,7 +32,7 @@ CALIBRATION = EngineQualitySpec.model_fields["calibration"].default  # examples,
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, context: str,
            max_length: int = MAX_LENGTH, stride: int = STRIDE, engine: Prepared | None = None) -> str:  # fmt: skip
-    """The span of ``context`` that answers ``question``; "" when the model finds none.
+    """The best span of ``context``, whatever the model thinks of no answer; "" where a window has room for none.
 
     Args:
         max_length, stride: tokens of a window and of the overlap of two; a long context is read in windows.

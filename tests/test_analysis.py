@@ -593,6 +593,12 @@ def test_a_point_of_both_kinds_is_judged_beside_the_claims():
     assert row["evidence"].endswith("at 1 of 2, against the best of the others there (gain); not run: random")
 
 
+def test_nothing_is_a_share_of_a_dense_model_that_scores_nothing():
+    """CoLA's correlation is 0 where the dense model gives one answer for all."""
+    frame = quality_frame([trained(dense("cola"), 0.0), trained(dropped((4, 5, 6), task="cola"), 12.0)])
+    assert frame["retained"].isna().all() and frame["score"].tolist() == [0.0, 12.0]
+
+
 def test_captions_count_the_examples_behind_a_score():
     runs = [record(dense(task, 0), train_examples=12298, eval_examples=1391) for task in TASKS[:1]]
     assert examples_note(runs) == "Examples here, training / scored: RTE 12,298 / 1,391."

@@ -24,7 +24,7 @@ from lib.plans import contributions
 from lib.plans.structured_qa import pruned
 from lib.records import record_path
 from lib.runs import ensure
-from lib.specs import dense_spec, parse_spec, spec_hash
+from lib.specs import dense_spec, needed_runs, parse_spec, spec_hash
 
 SNAKEMAKE = importlib.util.find_spec("snakemake") or shutil.which("snakemake")
 needs_snakemake = pytest.mark.skipif(not SNAKEMAKE, reason="needs Snakemake: pip install 'snakemake>=9'")
@@ -50,10 +50,10 @@ def test_a_run_needs_those_that_it_begins_with_distils_from_or_is_informed_by(pr
     )  # fmt: skip
     spec = pruned(profile, "world_qa", 0, {"heads": 0.5}, "gain", "distil")
     dense, importance = dense_spec(profile, "world_qa", 0), spec.informed_by[0]
-    assert [spec_hash(other) for other in fanout.needs(spec)] == [
+    assert [spec_hash(other) for other in needed_runs(spec)] == [
         spec_hash(other) for other in (dense, dense, importance)
     ]
-    assert fanout.needs(dense) == [] and fanout.needs(importance) == [dense]
+    assert needed_runs(dense) == [] and needed_runs(importance) == [dense]
     names = list(fanout.jobs_of([spec], profile))
     assert names == [fanout.job_name(profile, other) for other in (dense, importance, spec)]
 

@@ -59,8 +59,11 @@ def uninformative(records: Iterable[Record]) -> set[str]:
 
 
 def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:
-    """For every row of ``frame`` the entry of ``values``, indexed by (task, seed), that is its own; NaN without one."""
-    return values.reindex(pd.MultiIndex.from_frame(frame[["task", "seed"]])).to_numpy()
+    """For every row of ``frame`` the entry of ``values``, indexed by (task, seed), that is its own.
+
+    NaN without one, and where it is 0: nothing is a share of a dense model that scores nothing.
+    """
+    return values.reindex(pd.MultiIndex.from_frame(frame[["task", "seed"]])).replace(0.0, np.nan).to_numpy()
 
 
 def examples_note(records: Iterable[Record]) -> str:

@@ -93,7 +93,7 @@ def block_frame(records: Iterable[Record]) -> pd.DataFrame:
         })  # fmt: skip
     frame = pd.DataFrame(rows, columns=COLUMNS)
     dense = frame[frame["method"] == "dense"].set_index(["task", "seed"])["score"]
-    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense.where(dense > 0))
+    frame["retained"] = 100 * frame["score"].to_numpy() / of_same_seed(frame, dense)
     frame["floor"] = frame["task"].map(one_label_scores(records)).astype(float)
     frame["informative"] = ~frame["task"].isin(uninformative(records))
     return frame.astype({"held": bool})

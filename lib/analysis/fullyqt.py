@@ -56,7 +56,7 @@ def quantized_frame(records: Iterable[Record]) -> pd.DataFrame:
                "diverged_progress"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
     for name, kind in (("retained", "dense"), ("controlled", "control")):
-        base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"].replace(0.0, np.nan)
+        base = frame[frame["procedure"] == kind].set_index(["task", "seed"])["score"]
         frame[name] = 100 * frame["score"].to_numpy() / of_same_seed(frame, base)
     dense = frame[frame["procedure"] == "dense"].set_index(["task", "seed"])["size_bytes"]
     frame["smaller"] = of_same_seed(frame, dense) / frame["size_bytes"].to_numpy()
