@@ -33,7 +33,8 @@ def start(profile: str, **overrides: Any) -> Profile:
     where = machine.get("gpu") or machine["cpu"]
     source = f"{study.data} data" if study.data != "local" else "data from a local folder"
     if not all(has_data(study, task) for task in study.tasks):
-        source += " (not given: only finished records can be shown)"
+        others = "of tasks that are not your own, " if study.own_tasks else ""
+        source += f" (not given: {others}only finished records can be shown)"
     text(
         f"Profile **{study.name}**: encoder `{study.encoder}`, {source}, tasks {', '.join(study.tasks)}. "
         f"Running on {where}, {torch.get_num_threads()} threads, "
@@ -42,13 +43,16 @@ def start(profile: str, **overrides: Any) -> Profile:
     return study
 
 
-def limits(study: Profile, refresh: bool, budget_minutes: float) -> dict[str, Any]:
+def limits(study: Profile, refresh: bool, budget_minutes: float, tasks: Iterable[str] = ()) -> dict[str, Any]:
     """What ``runs.ensure`` may do: arguments ``refresh`` and ``budget_minutes`` (negative means no limit).
 
-    Where a task of the profile lacks its local data, nothing can be computed and finished records are shown. A user's
-    own files need no folder.
+    Where a chosen task lacks its local data, nothing can be computed and finished records are shown. A user's own files
+    need no folder.
+
+    Args:
+        tasks: those that the notebook is about, where they are not all of the profile's.
     """
-    if not all(has_data(study, task) for task in study.tasks):
+    if not all(has_data(study, task) for task in tuple(tasks) or study.tasks):
         return {"refresh": False, "budget_minutes": 0.0}
     return {"refresh": refresh, "budget_minutes": None if budget_minutes < 0 else budget_minutes}
 

@@ -88,6 +88,13 @@ def test_own_files_need_no_data_folder(tmp_path, monkeypatch, capsys):
     tasks = {spec.task for spec in plans.fully_quantized(profile)}
     assert tasks and "multi30k" not in tasks and "no data here: Multi30k En-De" in capsys.readouterr().out
     assert "squad_v1" not in {task for spec in plans.kronecker(profile) for task in getattr(spec, "tasks", ())}
+    sections = {"structured_pruning": plans.structured_qa, "block_movement": plans.block_movement}
+    for section, plan in sections.items():  # notebooks 02 and 04 choose tasks in their own section
+        whole = load_profile("study", results=tmp_path / "results", **{f"{section}.tasks": [str(own)]})
+        assert notebook.limits(whole, False, -1.0)["budget_minutes"] == 0
+        assert notebook.limits(whole, False, -1.0, getattr(whole, section).tasks)["budget_minutes"] is None
+        assert {spec.task for spec in plan(whole)} == {"lamps"}
+    assert plans.majority(whole) == [], "the profile's other tasks have no data"
     mixed = load_profile("study", tasks=[str(own), "squad_v1"], results=tmp_path / "results")
     assert notebook.limits(mixed, False, -1.0)["budget_minutes"] == 0
     everything = load_profile("study", results=tmp_path / "results")

@@ -9,8 +9,7 @@ import pandas as pd
 from lib.analysis import latency_frame, of_same_seed, one_label_scores, training_runs, uninformative
 from lib.data import TASKS
 from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
-from lib.models import ARCHITECTURES
-from lib.plans.common import SPEED_ARCHITECTURES
+from lib.models import ARCHITECTURES, SPEED_ARCHITECTURES
 from lib.plans.kronecker import encoder_shapes, variant_of
 from lib.published import published
 from lib.records import Record
