@@ -3,6 +3,7 @@
 import pandas as pd
 
 from lib.data import TASKS
+from lib.plans.obert import prunes_upstream
 from lib.settings import Profile
 
 
@@ -22,7 +23,7 @@ def deviations(profile: Profile, quality: pd.DataFrame, speed: pd.DataFrame) -> 
         f"{own.widths[1]} (50 and 32); a gradient is the mean over {own.gradient_batch} examples{others} (8 on SQuAD, "
         "16 on GLUE).",
     ]
-    if own.upstream_sparsities:
+    if prunes_upstream(profile):
         lines.append(
             f"The language model is pruned over {own.upstream_prune_epochs:g} epochs at the moments of the long "
             "schedule; the authors' recipe takes 3 epochs and prunes every quarter of one."

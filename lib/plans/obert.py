@@ -241,10 +241,22 @@ def _upstream(profile: Profile, seed: int) -> list[Spec]:
     return plan
 
 
+def prunes_upstream(profile: Profile) -> bool:
+    """Whether the language model is pruned: the profile asks for it, has its tasks, and the encoder is a BERT.
+
+    Raises:
+        StudyError: the encoder's config cannot be loaded.
+    """
+    settings = profile.obert
+    tasks = {settings.upstream_task, *settings.transfer_tasks}
+    bert = isinstance(load_config(profile.encoder), BertConfig)  # all that ``lib.upstream`` handles
+    return bool(settings.upstream_sparsities) and tasks <= set(profile.tasks) and bert
+
+
 def obert(profile: Profile) -> list[Spec]:
     """All quality runs of notebook 03, what the claims need first, a whole seed before the next one.
 
-    Upstream pruning is left out where the profile lacks one of its tasks, and for an encoder that is not a BERT.
+    Upstream pruning is left out where it cannot be done (``prunes_upstream``).
 
     Raises:
         StudyError: the profile has no headline task, or the encoder's config cannot be loaded.
@@ -252,9 +264,7 @@ def obert(profile: Profile) -> list[Spec]:
     settings = profile.obert
     if settings.task not in profile.tasks:
         raise StudyError(f"obert.task: the profile has no task '{settings.task}'; it has {', '.join(profile.tasks)}")
-    missing = [task for task in (settings.upstream_task, *settings.transfer_tasks) if task not in profile.tasks]
-    bert = isinstance(load_config(profile.encoder), BertConfig)  # all that ``lib.upstream`` handles
-    reduced = settings if bert and not missing else settings.model_copy(update={"upstream_sparsities": ()})
+    reduced = settings if prunes_upstream(profile) else settings.model_copy(update={"upstream_sparsities": ()})
     profile = profile.model_copy(update={"obert": reduced})
     plan: list[Spec] = []
     others = [task for task in settings.other_tasks if task in profile.tasks]
