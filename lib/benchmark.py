@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.command_line import Parser
+from lib.command_line import Parser, exit_code
 from lib.environment import hardware, reexec_with_fast_allocator, usable_cpus
 
 if __name__ == "__main__":
@@ -287,17 +287,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand: 0, or 2 after one line about a user's mistake."""
-    try:
+    """Run a subcommand; returns the exit code."""
+
+    def run() -> None:
         options = _parser().parse_args(arguments)
         print(options.run(options))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(run, "stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from lib.config import StudyError
 
+RESUMABLE = "interrupted; finished runs are kept, the same command goes on from the last checkpoint"
+
 
 class Parser(argparse.ArgumentParser):
     """Bad options end in one line like every other user error."""

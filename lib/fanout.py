@@ -27,7 +27,7 @@ from typing import Any, get_args
 from filelock import FileLock, Timeout
 
 from lib import plans
-from lib.command_line import Parser, exit_code
+from lib.command_line import RESUMABLE, Parser, exit_code
 from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
 from lib.own_data import is_path
@@ -260,8 +260,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m lib.fanout``: compute the runs of all plans, several at once, by Snakemake."""
-    interrupted = "interrupted; finished runs are kept, the same command goes on from the last checkpoint"
-    return exit_code(lambda: run(sys.argv[1:] if arguments is None else arguments), interrupted)
+    return exit_code(lambda: run(sys.argv[1:] if arguments is None else arguments), RESUMABLE)
 
 
 if __name__ == "__main__":

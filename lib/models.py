@@ -5,7 +5,6 @@ name, or a local folder. Everything loads from safetensors and runs no remote co
 """
 
 import copy
-import hashlib
 import importlib.resources
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from lib.config import StudyError
+from lib.files import sha256
 
 Kind = Literal["qa", "classification", "regression", "encoder"]
 
@@ -93,8 +93,7 @@ def _verify(folder: Path, expected: str) -> None:
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise StudyError(f"encoder folder {folder.name}: model.safetensors is missing; reinstall or point at another")
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(weights)
     if found != expected:
         raise StudyError(
             f"encoder weights {weights.name} in {folder.name}: sha256 is {found[:12]}…, expected {expected[:12]}…; "

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from lib.config import StudyError
+from lib.files import sha256
 from lib.labels import label
 from lib.settings import Profile, Strict
 from lib.specs import Spec, needed_runs, needed_weights, spec_hash
@@ -114,13 +115,8 @@ def data_read(profile: Profile, spec: Spec, or_none: bool = False) -> str | None
 
 def weights_read(profile: Profile, spec: Spec) -> dict[str, str]:
     """Digests of the weights that a run began with or learnt from, by the hash of the run that made them."""
-    found = {}
-    for other in map(spec_hash, needed_weights(spec)):
-        digest = hashlib.sha256()
-        for path in sorted((profile.results / "models" / other).glob("*.safetensors")):
-            digest.update(path.read_bytes())
-            found[other] = digest.hexdigest()[:12]
-    return found
+    made = {other: profile.results / "models" / other for other in map(spec_hash, needed_weights(spec))}
+    return {other: sha256(path)[:12] for other, folder in made.items() for path in folder.glob("*.safetensors")}
 
 
 def older_than_start(records: Mapping[str, Record]) -> list[Record]:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from lib import environment
-from lib.command_line import Parser
+from lib.command_line import RESUMABLE, Parser, exit_code
 
 if __name__ == "__main__":
     environment.reexec_with_fast_allocator()  # here, because the imports below take seconds
@@ -219,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-minutes", type=float, default=None, help="start no further run after this time")
     parser.add_argument("--only", default=None, help="only runs whose record's name matches; * stands for anything")
     parser.add_argument("--list", action="store_true", help="print each run and whether it is cached, compute nothing")
-    try:
+
+    def run() -> None:
         options = parser.parse_args(arguments)
         budget = 0.0 if options.list else options.budget_minutes
         tasks = options.tasks.split(",") if options.tasks else None
@@ -235,15 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             for spec in {spec_hash(spec): spec for spec in plan}.values():
                 print("cached " if record_path(profile, spec).exists() else "missing", record_path(profile, spec).name)
-            return 0
+            return
         ensure(plan, profile, budget_minutes=budget, title=" ".join(Path(what).stem for what in options.what))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept, the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(run, RESUMABLE)
 
 
 def _read_spec(path: Path, plans: list[str]) -> Spec:

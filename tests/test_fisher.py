@@ -65,6 +65,7 @@ def test_a_gradient_may_have_the_weights_own_shape_and_nothing_of_it_is_kept():
         other.add(matrix)
         matrix.zero_()
     assert torch.equal(one.inverse, other.inverse)
+    assert other.inverse.nbytes == 24 * 6 * 8
 
 
 @pytest.mark.parametrize("group", [1, 4])

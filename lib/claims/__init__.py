@@ -109,27 +109,37 @@ def signed(found: Interval, unit: str = "points", alone: str = "a single pair") 
     return f"{found.mean:+.1f} {unit}{spread}"
 
 
-def leads(claim: str, printed: str, pairs: pd.DataFrame, evidence: str, unit: str = "points") -> dict[str, str]:
-    """Verdict on a claim that one method is better than another, from pairs of runs that differ in it alone.
+def gains_by_task(pairs: pd.DataFrame, unit: str = "points") -> tuple[dict[str, Interval], list[str]]:
+    """Every task's mean gain over its seeds, by its title, with its 95 % Student t interval; and what the reader sees.
 
-    Every task is judged for itself, by the mean over its seeds and their 95 % Student t interval: pairs of one seed
-    (several sparsities) are no independent evidence and count once. An interval that holds zero decides nothing.
+    Pairs of one seed (several sparsities) are no independent evidence and count once.
 
     Args:
         pairs: columns task (or another condition to be judged for itself, in words), seed and gain (how much better,
             in ``unit``), one row per pair.
         unit: what ``gain`` is in, as the reader sees it.
     """
-    seeds = pairs.groupby(["task", "seed"], sort=False)["gain"].mean()
-    found = {str(task): t_interval(part) for task, part in seeds.groupby("task", sort=False)}
-    titles = {task: TASKS[task].title if task in TASKS else task for task in found}
-    single = pairs["task"].value_counts() == 1
-    shown = [signed(gain, unit, "a single pair" if single[task] else "one seed") for task, gain in found.items()]
+    titled = pairs.assign(task=[TASKS[task].title if task in TASKS else task for task in pairs["task"]])
+    seeds = titled.groupby(["task", "seed"], sort=False)["gain"].mean()
+    found = {str(title): t_interval(part) for title, part in seeds.groupby("task", sort=False)}
+    single = titled["task"].value_counts() == 1
+    return found, [
+        signed(gain, unit, "a single pair" if single[title] else "one seed") for title, gain in found.items()
+    ]
+
+
+def leads(claim: str, printed: str, pairs: pd.DataFrame, evidence: str, unit: str = "points") -> dict[str, str]:
+    """Verdict on a claim that one method is better than another, from pairs of runs that differ in it alone.
+
+    Every task is judged for itself (``gains_by_task``, whose ``pairs`` and ``unit`` these are). An interval that holds
+    zero decides nothing.
+    """
+    found, shown = gains_by_task(pairs, unit)
     if len(found) > 1:
-        shown = [f"{gain} on {title}" for gain, title in zip(shown, titles.values(), strict=True)]
+        shown = [f"{gain} on {title}" for gain, title in zip(shown, found, strict=True)]
     judged = [gain for gain in found.values() if gain.n >= ENOUGH_SEEDS]
     better, worse = [gain.low > 0 for gain in judged], [gain.high < 0 for gain in judged]
-    few = [titles[task] for task, gain in found.items() if gain.n < ENOUGH_SEEDS]
+    few = [title for title, gain in found.items() if gain.n < ENOUGH_SEEDS]
     evidence += f"; too few seeds to judge {', '.join(few)}" if judged and few else ""
     row = verdict(claim, "quality", printed, "; ".join(shown), better or [False], evidence, seeds_of(pairs))
     if judged and not any(better) and not any(worse):
@@ -175,18 +185,22 @@ def weighed(rows: pd.DataFrame, holds: pd.Series) -> list[bool | None]:
     return [None if quiet else bool(answer) for quiet, answer in zip(silent, holds, strict=True)]
 
 
-def retains(claim: str, share: float, rows: pd.DataFrame, evidence: str, printed: str = "") -> dict[str, str]:
+def retains(claim: str, share: float | pd.Series, rows: pd.DataFrame, evidence: str,
+            printed: str = "") -> dict[str, str]:  # fmt: skip
     """Verdict on a claim of quality: the mean ``retained`` share against the published one, in percent, per task.
 
     Tasks with too few seeds decide nothing alone; beside others, one that misses the bound leaves *holds in part*
     (``weighed``).
 
     Args:
-        share: what the paper keeps, in percent.
+        share: what the paper keeps, in percent; a series where it prints that of every task (its index).
         rows: columns task, title, seed and retained, one row per run.
-        printed: what the reader sees of the paper, if that is more than ``share``.
+        printed: what the reader sees of the paper, if that is more than ``share``; before the shares of the tasks.
     """
     shown, means = kept_by_task(rows)
+    if isinstance(share, pd.Series):
+        share = share.rename(lambda task: TASKS[task].title)[means.index]
+        printed += ", ".join(f"{title} {value:.1f} %" for title, value in share.items())
     holds = weighed(rows, means >= share - QUALITY_TOLERANCE)
     return verdict(claim, "quality", printed or f"{share:.1f} %", shown, holds, evidence, seeds_of(rows))
 

@@ -11,14 +11,15 @@ from lib.claims import (
     QUALITY_TOLERANCE,
     SPEED_TOLERANCE,
     as_small,
+    gains_by_task,
     informative_rows,
     kept_by_task,
     reaches,
+    retains,
     seeds_of,
     signed,
     timed_on,
     verdict,
-    weighed,
 )
 from lib.data import TASKS
 from lib.intervals import t_interval
@@ -107,11 +108,7 @@ def _retained(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     evidence = f"not in the paper: {kept_by_task(beside)[0]}{left_out}" if len(beside) else left_out.removeprefix("; ")
     if shared.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, evidence)
-    shown, means = kept_by_task(shared)
-    bounds = shares.rename(lambda task: TASKS[task].title)[means.index]
-    printed += ": " + ", ".join(f"{title} {share:.1f} %" for title, share in bounds.items())
-    holds = weighed(shared, means >= bounds - QUALITY_TOLERANCE)
-    return verdict(claim, "quality", printed, shown, holds, evidence, seeds_of(shared))
+    return retains(claim, shares, shared, evidence, f"{printed}: ")
 
 
 def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
@@ -161,8 +158,7 @@ def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     pairs = both.pivot_table(index=["k", "task", "seed"], columns="procedure", values="retained").dropna()
     if both["procedure"].nunique() < 2 or pairs.empty:
         return verdict(claim, "quality", printed, NOT_RUN, None, left_out.removeprefix("; "))
-    gains = (pairs[procedure] - pairs["before"]).groupby(["task", "seed"], sort=False).mean()
-    found = {str(task): t_interval(part) for task, part in gains.groupby("task", sort=False)}
+    found, shown = gains_by_task((pairs[procedure] - pairs["before"]).rename("gain").reset_index())
     room, worst = f"+{QUALITY_TOLERANCE:.0f} points", -np.inf
     if procedure == "after":
         room, worst = f"±{QUALITY_TOLERANCE:.0f} points", -QUALITY_TOLERANCE
@@ -173,12 +169,11 @@ def _order(orders: pd.DataFrame, procedure: str, claim: str) -> dict[str, str]:
     alone = both[both.set_index(["k", "task", "seed"]).index.isin(pairs.index)]
     floored = alone[(alone["procedure"] == procedure) & (alone["score"] <= alone["floor"] + 1e-6)]
     evidence += f"; {len(floored)} of the runs give one answer for all" if len(floored) else ""
-    single = "one seed" if len(gains) < len(pairs) else "a single pair"
-    shown = "; ".join(f"{signed(gain, alone=single)} on {TASKS[task].title}" for task, gain in found.items())
+    ours = "; ".join(f"{gain} on {title}" for gain, title in zip(shown, found, strict=True))
     judged = [gain for gain in found.values() if gain.n >= ENOUGH_SEEDS]
     holds = [worst < gain.low and gain.high < QUALITY_TOLERANCE for gain in judged]
     fails = [gain.low >= QUALITY_TOLERANCE or gain.high <= worst for gain in judged]
-    row = verdict(claim, "quality", printed, shown, holds or [False], evidence + left_out, seeds_of(compared))
+    row = verdict(claim, "quality", printed, ours, holds or [False], evidence + left_out, seeds_of(compared))
     if judged and not any(holds) and not any(fails):
         row["verdict"] = f"cannot tell: the interval crosses {room}"
     return row

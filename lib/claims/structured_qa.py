@@ -121,7 +121,7 @@ def _best(frame: pd.DataFrame, kind: str, others: Sequence[str]) -> dict[str, st
     rows = frame[(frame["kind"] == kind) & (frame["recovery"] == NONE) & frame["selection"].isin(["l0", *others])]
     removed = 100 * (1 - rows[["heads", "units"]])
     names = [f"{heads:.0f} % of heads and {units:.0f} % of units" for heads, units in removed.to_numpy()]
-    rows = rows.assign(task=names if both else [f"{share:.0f} %" for share in removed.get(kind, ())])
+    rows = rows.assign(task=names if both else [f"{share:.0f} %" for share in removed[kind]])
     table = rows.pivot_table(index=["task", "seed"], columns="selection", values="retained").dropna()
     if table.empty or "l0" not in table or table.shape[1] < 2:
         return verdict(claim, "quality", printed, NOT_RUN, None, "")
