@@ -1,11 +1,11 @@
-"""Training examples for a compressor that looks at gradients, apart from the trainer's own batches.
+"""Batches apart from the trainer's own: to evaluate, to calibrate, and for a compressor that looks at gradients.
 
-Drawing them disturbs nothing: the order depends on the run's seed and on the draw alone, so a resumed run sees the same
-batches, and so does a run that does not train at all.
+Drawing training examples disturbs nothing: the order depends on the run's seed and on the draw alone, so a resumed run
+sees the same batches, and so does a run that does not train at all.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,22 @@ from transformers import BatchEncoding
 from lib.config import StudyError
 
 LABELS = ("labels", "start_positions", "end_positions")
+Collate = Callable[[list[dict[str, Any]]], Any]
+
+
+def in_batches(rows: Dataset, collate: Collate, size: int, device: torch.device | str = "cpu",
+               order: Sequence[int] | None = None) -> Iterator[tuple[Sequence[int], dict[str, Tensor]]]:  # fmt: skip
+    """``rows``, ``size`` at a time, each batch with the indices of its rows; the last one may be smaller.
+
+    Args:
+        rows: the model's inputs, not padded.
+        collate: pads a list of rows.
+        order: of the indices; as they come when None.
+    """
+    order = range(len(rows)) if order is None else order
+    for start in range(0, len(order), size):
+        chosen = [int(index) for index in order[start : start + size]]
+        yield chosen, dict(BatchEncoding(collate([rows[index] for index in chosen])).to(device))
 
 
 class TrainingData:
@@ -24,7 +40,7 @@ class TrainingData:
     def __init__(
         self,
         features: Callable[[], Dataset],
-        collate: Callable[[list[dict[str, Any]]], Any],
+        collate: Collate,
         names: list[str],
         seed: int,
         device: torch.device,
@@ -59,7 +75,5 @@ class TrainingData:
         names = [name for name in (*self._names, *LABELS) if name in features.column_names]
         rows = features.select_columns(names)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        for start in range(0, size * count, size):
-            chosen = [rows[index] for index in order[start : start + size]]
-            yield dict(BatchEncoding(self._collate(chosen)).to(self.device))
+        order = torch.randperm(len(rows), generator=generator)[: size * count].tolist()
+        yield from (batch for _, batch in in_batches(rows, self._collate, size, self.device, order))

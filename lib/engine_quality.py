@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.batches import in_batches
 from lib.data import Task
 from lib.engines import Batch, Prepared, prepare
 from lib.evaluation import evaluate_model
@@ -38,9 +39,8 @@ def calibration_batches(tokenizer: PreTrainedTokenizerBase, features: Dataset, e
     """The first training features as padded batches, for engines that range activations beforehand."""
     wanted = [name for name in tokenizer.model_input_names if name in features.column_names]
     rows, collate = features.select_columns(wanted), DataCollatorWithPadding(tokenizer)
-    count = min(examples, len(rows))
-    starts = range(0, count, CALIBRATION_BATCH)
-    return [dict(collate([rows[i] for i in range(at, min(at + CALIBRATION_BATCH, count))])) for at in starts]
+    first = range(min(examples, len(rows)))
+    return [batch for _, batch in in_batches(rows, collate, CALIBRATION_BATCH, order=first)]
 
 
 def quality_on_engine(

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lib import metrics, qa
+from lib.batches import in_batches
 from lib.data import Task
 from lib.progress import Progress
 from lib.training import TrainingSettings, device, use_bf16
@@ -26,12 +27,11 @@ def predict(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features
     model.eval().to(device())
     wanted = [name for name in tokenizer.model_input_names if name in features.column_names]
     rows = features.select_columns(wanted)
-    order = np.argsort(features["length"], kind="stable")[::-1]
+    order = np.argsort(features["length"], kind="stable")[::-1].tolist()
     collate, progress = DataCollatorWithPadding(tokenizer), Progress(title, len(features))
     outputs: list[list[np.ndarray | None]] = []
-    for start in range(0, len(order), EVAL_BATCH):
-        chosen = order[start : start + EVAL_BATCH]
-        batch = BatchEncoding(collate([rows[int(i)] for i in chosen])).to(device())
+    done = 0
+    for chosen, batch in in_batches(rows, collate, EVAL_BATCH, device(), order):
         with torch.autocast(device().type, torch.bfloat16, enabled=bf16):
             output = model(**batch)
         logits = [output[k] for k in ("logits", "start_logits", "end_logits") if k in output]
@@ -41,7 +41,8 @@ def predict(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features
         for store, values in zip(outputs, logits, strict=True):
             for i, row, real in zip(chosen, values.float().cpu().numpy(), masks, strict=True):
                 store[i] = row[real] if per_token else row
-        progress.update(start + len(chosen))
+        done += len(chosen)
+        progress.update(done)
     progress.close()
     return outputs  # type: ignore[return-value]
 

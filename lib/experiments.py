@@ -4,16 +4,15 @@ Every function takes a spec and the profile (which says only where data and resu
 ``result``.
 """
 
-import shutil
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import distributed, engine_quality, importance, model_cost
+from lib import engine_quality, importance, model_cost
 from lib.batches import TrainingData
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.layer_dropping import layer_contributions
@@ -21,13 +20,13 @@ from lib.config import StudyError
 from lib.data import encoder_task, get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import evaluate_model
-from lib.files import whole_folder
 from lib.fisher_speed import fisher_cost
 from lib.labels import label
 from lib.metrics import score
 from lib.models import load_model, load_tokenizer
 from lib.quantized_layers import is_quantized
-from lib.runs import ensure_weights, obtain
+from lib.records import checkpoints_folder
+from lib.runs import ensure_weights, leave_behind, obtain
 from lib.settings import Profile
 from lib.specs import (
     ContributionSpec,
@@ -45,7 +44,6 @@ from lib.specs import (
     TranslationLatencySpec,
     TranslationSpec,
     UpstreamSpec,
-    spec_hash,
 )
 from lib.speed_runs import run_latency, run_stock_comparison, run_training_speed
 from lib.surgery import load_compressed, save_compressed
@@ -88,11 +86,6 @@ def execute(spec: Spec, profile: Profile) -> dict[str, Any]:
     return run_stock_comparison(spec, profile)
 
 
-def weights_folder(profile: Profile, spec: TrainSpec | TextDistillationSpec | UpstreamSpec) -> Path:
-    """Where the weights of a finished run are kept (teachers and models that other runs begin with)."""
-    return profile.results / "models" / spec_hash(spec)
-
-
 def finished_model(
     profile: Profile, spec: TrainSpec | TextDistillationSpec
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -101,15 +94,13 @@ def finished_model(
     Raises:
         StudyError: what was trained again is another model than the recorded one.
     """
-    folder = weights_folder(profile, spec)
 
     def run() -> dict[str, Any]:
         if isinstance(spec, TextDistillationSpec):
             return run_text_distillation(spec, profile)
         return run_training(spec, profile, keep_weights=True)
 
-    ensure_weights(profile, spec, folder, run)
-    return load_compressed(folder)
+    return load_compressed(ensure_weights(profile, spec, run))
 
 
 def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) -> dict[str, Any]:
@@ -117,7 +108,6 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     task = encoder_task(spec.task)
     settings = spec.training
     data = _task_data(spec, profile)
-    checkpoints = profile.results / "checkpoints" / spec_hash(spec)
     model, tokenizer = _initial(spec, profile)
     informed = [obtain(profile, other).result for other in spec.informed_by]
     compressor = make_compressor(spec.compressor, informed) if spec.compressor else Compressor(None)
@@ -128,7 +118,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
         distiller = _distiller(spec, profile, model)
         outcome = fine_tune(
             model, tokenizer, _features(spec, profile, "train"), settings, spec.seed,
-            checkpoints, compressor, distiller, label(spec), profile.training.checkpoint_minutes,
+            checkpoints_folder(profile, spec), compressor, distiller, label(spec), profile.training.checkpoint_minutes,
         )  # fmt: skip
         result["training"] = outcome.model_dump(mode="json")
     model = compressor.finalize(model)
@@ -140,9 +130,8 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     )
     result["model"] = model_cost.describe(model)
     result["compression"] = compressor.summary()
-    if keep_weights or _worth_keeping(spec, profile):
-        _keep(model, tokenizer, weights_folder(profile, spec))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    kept = keep_weights or _worth_keeping(spec, profile)
+    leave_behind(profile, spec, partial(save_compressed, model, tokenizer) if kept else None)
     return result
 
 
@@ -228,13 +217,6 @@ def _distiller(spec: TrainSpec, profile: Profile, student: PreTrainedModel) -> D
         expose_attention_scores(student)
         expose_attention_scores(teacher)
     return Distiller(spec.distillation, teacher)
-
-
-def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save so that a folder that exists is whole."""
-    if distributed.is_main():
-        with whole_folder(folder) as temporary:
-            save_compressed(model, tokenizer, temporary)
 
 
 def run_importance(spec: ImportanceSpec, profile: Profile) -> dict[str, Any]:

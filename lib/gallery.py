@@ -17,6 +17,7 @@ from lib.claims import NOT_CLAIMED
 from lib.config import ROOT, StudyError
 from lib.data import TASKS
 from lib.files import write_atomically
+from lib.problems import first_line
 from lib.tables import latex_text
 
 HEADLINE = ("*_verdicts", "*_headline", "01_dense", "01_sizes", "08_*")  # tables whose cells get macros
@@ -59,7 +60,7 @@ def _maker(path: Path, executed: Path | None) -> Maker:
     try:
         cells = nbformat.read(path, as_version=4).cells
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
-        raise StudyError(f"{path}: not a readable notebook ({str(error).splitlines()[0][:100]})") from None
+        raise StudyError(f"{path}: not a readable notebook ({first_line(error, 100)})") from None
     text = next((cell.source for cell in cells if cell.cell_type == "markdown"), "")
     heading = re.search(r"^# +(.+)$", text, re.MULTILINE)
     source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")

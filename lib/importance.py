@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
+from lib.batches import LABELS, in_batches
 from lib.config import StudyError
 from lib.data import Task
 from lib.evaluation import evaluate_model
@@ -69,16 +70,14 @@ def gain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, features: D
          title: str) -> dict[str, Any]:  # fmt: skip
     """Gain of every head and unit on training features; the result of an ``ImportanceSpec``."""
     torch.nn.Module.to(model, device())
-    labels = ("labels", "start_positions", "end_positions")
-    wanted = [name for name in (*tokenizer.model_input_names, *labels) if name in features.column_names]
+    wanted = [name for name in (*tokenizer.model_input_names, *LABELS) if name in features.column_names]
     rows, collate = features.select_columns(wanted), DataCollatorWithPadding(tokenizer)
     progress = Progress(title, len(features))
 
     def batches() -> Iterable[dict[str, Tensor]]:
-        for start in range(0, len(rows), BATCH):
-            chosen = [rows[i] for i in range(start, min(start + BATCH, len(rows)))]
-            yield dict(BatchEncoding(collate(chosen)).to(device()))
-            progress.update(start + len(chosen))
+        for chosen, batch in in_batches(rows, collate, BATCH, device()):
+            yield batch
+            progress.update(chosen[-1] + 1)
 
     found = gate_gradients(model, batches(), bf16=use_bf16(precision))
     progress.close()

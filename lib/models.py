@@ -32,6 +32,7 @@ from transformers import (
 
 from lib.config import StudyError
 from lib.files import sha256
+from lib.problems import first_line
 
 Kind = Literal["qa", "classification", "regression", "encoder"]
 
@@ -218,7 +219,7 @@ def _set_dropout(config: PreTrainedConfig, names: Iterable[str], rate: float) ->
 
 
 def _unreachable(encoder: str, error: Exception) -> StudyError:
-    reason = str(error).splitlines()[0][:160]
+    reason = first_line(error)
     damaged = encoder == "minilm" or Path(encoder).expanduser().is_dir()
     offline = "offline, use encoder=minilm or a local folder; to ask the hub, set HF_HUB_OFFLINE=0"
     advice = "save or install it again" if damaged else offline

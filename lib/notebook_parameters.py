@@ -11,6 +11,7 @@ import yaml
 
 from lib.config import StudyError
 from lib.own_data import is_path
+from lib.problems import first_line
 
 PATH_PARAMETERS = ("results", "data_dir")  # relative to where the command was given, not to the notebook
 
@@ -20,7 +21,7 @@ def parameters_of(path: Path) -> dict[str, dict[str, str]]:
     try:
         return papermill.inspect_notebook(str(path))
     except (ValueError, nbformat.reader.NotJSONError) as error:
-        raise StudyError(f"{path.name}: not a readable notebook ({str(error).splitlines()[0][:120]})") from None
+        raise StudyError(f"{path.name}: not a readable notebook ({first_line(error, 120)})") from None
 
 
 def assign(paths: Sequence[Path], given: Sequence[tuple[str, str]], profile: str) -> dict[Path, dict[str, Any]]:

@@ -133,6 +133,8 @@ def adopt(values: dict[str, Any], item: str) -> str:
     name = re.sub(r"\W+", "_", own["train"].parent.name if own["train"].stem == "train" else own["train"].stem).lower()
     kinds = ("qa",) if own["train"].suffix == ".json" else ("classification", "regression")
     own_tasks = values.setdefault("own_tasks", {})
+    if not isinstance(own_tasks, dict):
+        raise StudyError(f"own_tasks: found {own_tasks!r}, expected a name and its files for every task; or remove it")
     known = [task for task in values["tasks"] if task in TASKS and TASKS[task].kind in kinds and task not in own_tasks]
     if name not in own_tasks:
         if not known:

@@ -10,18 +10,20 @@ import csv
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from lib.config import StudyError
+from lib.problems import first_problem
 
 FOLDER = Path(__file__).parent / "published_numbers"
 
 # From best known to least: read in the paper, read in the authors' repository, measured off a figure (about ±0.3
 # points), arithmetic on printed numbers, somebody else's transcription.
 Evidence = Literal["paper", "authors_code", "digitised", "derived", "secondary"]
+Row = TypeVar("Row", bound=BaseModel)
 
 
 class PublishedNumber(BaseModel):
@@ -81,28 +83,35 @@ def _read(paper: str, folder: Path) -> pd.DataFrame:
     path = folder / f"{paper}.csv"
     if not path.is_file():
         raise StudyError(f"no published numbers for '{paper}' ({path.name} is missing); there is {_listed(folder)}")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            numbers = [_number(row, path, reader.line_num) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise StudyError(f"{path.name}: not a readable CSV file ({error}); restore it from the repository") from None
-    if not numbers:
-        raise StudyError(f"{path.name}: has no rows; restore it from the repository")
+    numbers = read_rows(path, PublishedNumber)
     if strangers := sorted({number.paper for number in numbers} - {paper}):
         raise StudyError(f"{path.name}: holds rows of '{strangers[0]}', expected only '{paper}'; move them")
     return pd.DataFrame([number.model_dump() | number.settings() for number in numbers])
 
 
-def _number(row: dict[str | Any, Any], path: Path, line: int) -> PublishedNumber:
-    if None in row or None in row.values():
-        raise StudyError(f"{path.name} line {line}: wrong number of columns; restore the file from the repository")
+def read_rows(path: Path, model: type[Row]) -> list[Row]:
+    """Every row of a CSV file of the repository, validated.
+
+    Raises:
+        StudyError: the file is missing, empty or damaged; names the line.
+    """
+    advice, rows = "restore it from the repository", []
     try:
-        return PublishedNumber.model_validate(row)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise StudyError(f"{path.name} line {line}: {field}: {first['msg']}, found {first['input']!r}") from None
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise StudyError(f"{path.name} line {reader.line_num}: wrong number of columns; {advice}")
+                try:
+                    rows.append(model.model_validate(row))
+                except ValidationError as error:
+                    problem = first_problem(error, "the row")
+                    raise StudyError(f"{path.name} line {reader.line_num}: {problem}; {advice}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise StudyError(f"{path.name}: not a readable CSV file ({error}); {advice}") from None
+    if not rows:
+        raise StudyError(f"{path.name}: has no rows; {advice}")
+    return rows
 
 
 def _listed(folder: Path) -> str:

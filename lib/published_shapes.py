@@ -8,17 +8,15 @@ Their code removes a head when its query, key or value is empty; that changes th
 taken as they are.
 """
 
-import csv
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lib.config import StudyError
 from lib.models import ARCHITECTURES, layer_count
-from lib.published import Evidence
+from lib.published import Evidence, read_rows
 
 HEADLINE = "squad_v1-207"  # "2.4 times faster, 74 % smaller, 1 F1 lost" is this checkpoint
 FILE = Path(__file__).with_suffix(".csv")
@@ -97,26 +95,7 @@ def published_shapes(file: Path = FILE) -> tuple[PublishedShape, ...]:
     Raises:
         StudyError: the file is missing or damaged; names the line.
     """
-    try:
-        with file.open(encoding="utf-8", newline="") as opened:
-            reader = csv.DictReader(opened, strict=True)
-            found = tuple(_shape(row, file, reader.line_num) for row in reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise StudyError(f"{file.name}: not a readable CSV file ({error}); restore it from the repository") from None
-    if not found:
-        raise StudyError(f"{file.name}: has no rows; restore it from the repository")
-    return found
-
-
-def _shape(row: dict[str, str], file: Path, line: int) -> PublishedShape:
-    if None in row or None in row.values():
-        raise StudyError(f"{file.name} line {line}: wrong number of columns; restore the file from the repository")
-    try:
-        return PublishedShape.model_validate(row)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the row"
-        raise StudyError(f"{file.name} line {line}: {field}: {first['msg']}; restore it from the repository") from None
+    return tuple(read_rows(file, PublishedShape))
 
 
 def distinct_shapes() -> dict[str, PublishedShape]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.config import StudyError
+from lib.problems import first_line
 from lib.quantized_layers import Quantizing, is_quantized, quantize_model, quantized_weights, ranges, weights_of
 from lib.quantizers import RunningRange, Switch, decode, encode
 
@@ -86,7 +87,7 @@ def load_packed_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         plain |= {name: tensor for name, tensor in model.state_dict().items() if name in left}
         model.load_state_dict(plain)
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error)
         raise StudyError(f"quantised weights do not fit {DESCRIPTION} ({reason}); save the model again") from None
     keep_grids(model, grids)
     weights.switch.frozen = weights.switch.quantizing = True
@@ -116,7 +117,7 @@ def load_quantized(model: Any, file: Path) -> None:
         settings = Quantizing.model_validate({key: value for key, value in described.items() if key != "format"})
         state = safetensors.torch.load_file(str(file))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error)
         raise StudyError(f"{file.parent} holds a damaged quantised model ({reason}); save it again") from None
     quantize_model(model, settings, Switch())
     load_packed_state(model, state)

@@ -16,13 +16,13 @@ import pandas as pd
 
 from lib.claims import ENOUGH_SEEDS
 from lib.config import StudyError
-from lib.experiments import finished_model, weights_folder
+from lib.experiments import finished_model
 from lib.figures import counted
 from lib.files import refused_write, whole_folder, write_atomically
 from lib.frontier import share
 from lib.intervals import bootstrap_interval
 from lib.plans.frontier import DENSE, recipe_seeds, recipes
-from lib.records import Record
+from lib.records import Record, weights_folder
 from lib.settings import Profile
 from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
 

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from lib.config import StudyError
 from lib.files import sha256
 from lib.labels import label
+from lib.problems import first_problem
 from lib.settings import Profile, Strict
 from lib.specs import Spec, needed_runs, needed_weights, spec_hash
 
@@ -62,6 +63,16 @@ def record_path(profile: Profile, spec: Spec) -> Path:
     return profile.results / "runs" / f"{spec.kind}-{label(spec)}-{spec_hash(spec)}.json"
 
 
+def weights_folder(profile: Profile, spec: Spec) -> Path:
+    """Where the weights of a finished run are kept, if others begin with them or learn from them."""
+    return profile.results / "models" / spec_hash(spec)
+
+
+def checkpoints_folder(profile: Profile, spec: Spec) -> Path:
+    """Where a run that is under way keeps its checkpoints."""
+    return profile.results / "checkpoints" / spec_hash(spec)
+
+
 def read_record(path: Path) -> Record:
     """Read and validate one record.
 
@@ -72,9 +83,7 @@ def read_record(path: Path) -> Record:
     try:
         record = Record.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StudyError(f"corrupt record {path}: {where}: {first['msg']}; {advice}") from None
+        raise StudyError(f"corrupt record {path}: {first_problem(error)}; {advice}") from None
     except OSError as error:
         raise StudyError(f"cannot read record {path} ({error.strerror})") from None
     if record.hash != spec_hash(record.spec):
@@ -115,7 +124,7 @@ def data_read(profile: Profile, spec: Spec, or_none: bool = False) -> str | None
 
 def weights_read(profile: Profile, spec: Spec) -> dict[str, str]:
     """Digests of the weights that a run began with or learnt from, by the hash of the run that made them."""
-    made = {other: profile.results / "models" / other for other in map(spec_hash, needed_weights(spec))}
+    made = {spec_hash(other): weights_folder(profile, other) for other in needed_weights(spec)}
     return {other: sha256(path)[:12] for other, folder in made.items() for path in folder.glob("*.safetensors")}
 
 

@@ -22,6 +22,7 @@ from lib.command_line import Parser, exit_code
 from lib.config import ROOT, StudyError, load_profile
 from lib.files import write_atomically
 from lib.gallery import Maker, makers, with_tables, write_gallery
+from lib.problems import first_line
 
 STYLE = Path(__file__).parent / "report_style"
 READ = "gfm+tex_math_dollars+attributes"
@@ -56,7 +57,7 @@ def build(results: Path, folder: Path | None = None) -> list[Path]:
         try:
             pdf = typst.compile(str(work / "report.typ"), ignore_system_fonts=True)
         except Exception as error:  # typst's own class is not the same in every version
-            raise StudyError(f"the PDF cannot be set ({str(error).splitlines()[0][:200]})") from None
+            raise StudyError(f"the PDF cannot be set ({first_line(error, 200)})") from None
     return [
         write_atomically(folder / "report.html", html + "\n"), write_atomically(folder / "report.pdf", pdf),
     ]  # fmt: skip

@@ -28,10 +28,22 @@ if __name__ == "__main__":
 
 from lib import distributed
 from lib.config import StudyError, load_profile
-from lib.files import cannot_write, refused_write, write_atomically
+from lib.files import cannot_write, refused_write, whole_folder, write_atomically
 from lib.labels import label
+from lib.problems import first_problem
 from lib.progress import duration, say
-from lib.records import Record, Records, cached, data_read, older_than_start, read_record, record_path, weights_read
+from lib.records import (
+    Record,
+    Records,
+    cached,
+    checkpoints_folder,
+    data_read,
+    older_than_start,
+    read_record,
+    record_path,
+    weights_folder,
+    weights_read,
+)
 from lib.settings import Profile
 from lib.specs import Spec, parse_spec, spec_hash
 
@@ -181,22 +193,26 @@ def _run_and_record(profile: Profile, spec: Spec, run: Callable[[], dict[str, An
     return record
 
 
-def ensure_weights(profile: Profile, spec: Spec, folder: Path, run: Callable[[], dict[str, Any]]) -> None:
+def ensure_weights(profile: Profile, spec: Spec, run: Callable[[], dict[str, Any]]) -> Path:
     """Make sure of a finished run's weights, which another run begins with or learns from.
 
-    Where they are missing, ``run`` trains the model and leaves them in ``folder``. If only its record has travelled,
-    the two must agree; if there is none either, what ``run`` returns becomes the record, so that nothing is trained
-    twice. Two processes that miss the same weights train them once.
+    Where they are missing, ``run`` trains the model and leaves them behind (``leave_behind``). If only its record has
+    travelled, the two must agree; if there is none either, what ``run`` returns becomes the record, so that nothing is
+    trained twice. Two processes that miss the same weights train them once.
+
+    Returns:
+        Their folder.
 
     Raises:
         StudyError: what was trained again is another model than the recorded one.
     """
+    folder = weights_folder(profile, spec)
 
     def there() -> bool:  # weights without a record are those of a run that was cut off between the two
         return distributed.agree(folder.is_dir() and record_path(profile, spec).exists())
 
     if there():
-        return
+        return folder
     with hold_lock(profile, spec):
         if not there():
             if distributed.agree(cached(profile, spec) is not None):
@@ -204,6 +220,15 @@ def ensure_weights(profile: Profile, spec: Spec, folder: Path, run: Callable[[],
             else:
                 _run_and_record(profile, spec, run)
     distributed.agree(True)  # the first process has written them
+    return folder
+
+
+def leave_behind(profile: Profile, spec: Spec, save: Callable[[Path], object] | None = None) -> None:
+    """End a run: its weights stay, whole, where ``save`` writes them into a folder; its checkpoints go."""
+    if save is not None and distributed.is_main():
+        with whole_folder(weights_folder(profile, spec)) as folder:
+            save(folder)
+    shutil.rmtree(checkpoints_folder(profile, spec), ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -248,9 +273,7 @@ def _read_spec(path: Path, plans: list[str]) -> Spec:
     try:
         return parse_spec(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StudyError(f"spec file {path}: {field}: {first['msg']}, found {str(first['input'])[:80]!r}") from None
+        raise StudyError(f"spec file {path}: {first_problem(error)}") from None
     except (OSError, ValueError) as error:
         raise StudyError(f"spec file {path} cannot be read as JSON ({error})") from None
 

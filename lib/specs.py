@@ -14,6 +14,7 @@ from lib.compressors import CompressorSpec
 from lib.config import StudyError
 from lib.distillation import Distillation
 from lib.kronecker_models import KroneckerShapes
+from lib.problems import first_problem
 from lib.settings import Profile, Strict
 from lib.training import TrainingSettings
 from lib.translation import TranslationShape
@@ -328,8 +329,7 @@ def training_settings(profile: Profile, task: str, **changes: Any) -> TrainingSe
     try:
         return TrainingSettings.model_validate(values | changes)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise StudyError(f"training.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from None
+        raise StudyError(f"training.{first_problem(error)}") from None
 
 
 def dense_spec(profile: Profile, task: str, seed: int) -> TrainSpec:

@@ -33,6 +33,7 @@ from lib.kronecker import KroneckerLinear
 from lib.kronecker_models import apply_factor_shapes, factor_shapes, kronecker_modules
 from lib.models import COMPRESSION_FILE as SHAPES
 from lib.models import layer_count, layer_parts, layers, remove_layers
+from lib.problems import first_line
 from lib.quantized_layers import is_quantized
 from lib.quantized_storage import DESCRIPTION as GRIDS
 from lib.quantized_storage import load_quantized, save_quantized
@@ -246,7 +247,7 @@ def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
             auto = _auto_class(AutoConfig.from_pretrained(folder))
             return auto.from_pretrained(folder, use_safetensors=True).eval(), tokenizer
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error)
         raise StudyError(f"model folder {folder} is damaged ({reason}); save the model again") from None
     try:
         saved = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
@@ -255,7 +256,7 @@ def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
         apply_shapes(model, saved["layers"])
         apply_factor_shapes(model, saved.get("factors", {}))
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, StudyError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error)
         raise StudyError(f"{folder / SHAPES} is damaged ({reason}); save the model again") from None
     if (folder / GRIDS).is_file():
         load_quantized(model, folder / WEIGHTS)
@@ -263,5 +264,5 @@ def load_compressed(folder: str | Path) -> tuple[PreTrainedModel, Any]:
     try:
         safetensors.torch.load_model(model, str(folder / WEIGHTS))
     except (RuntimeError, OSError, safetensors.SafetensorError) as error:
-        raise StudyError(f"{folder / WEIGHTS} does not fit {SHAPES} ({str(error).splitlines()[0]})") from None
+        raise StudyError(f"{folder / WEIGHTS} does not fit {SHAPES} ({first_line(error)})") from None
     return model.eval(), tokenizer

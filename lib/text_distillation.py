@@ -6,26 +6,28 @@ the text is what the profile's tasks ask a model to read.
 """
 
 import copy
-import shutil
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import distributed, model_cost
+from lib import model_cost
+from lib.batches import in_batches
 from lib.compressors import make_compressor
 from lib.compressors.kronecker import Kronecker
 from lib.config import StudyError
 from lib.data import get_task, load_task
 from lib.distillation import Distiller, expose_attention_scores
 from lib.evaluation import EVAL_BATCH
-from lib.files import whole_folder
 from lib.kronecker_models import apply_factor_shapes, factor_shapes
 from lib.labels import label
 from lib.models import base_model, count_parameters, load_model, load_tokenizer
+from lib.records import checkpoints_folder
+from lib.runs import leave_behind
 from lib.settings import Profile
-from lib.specs import FactorisationSpec, TextDistillationSpec, spec_hash
+from lib.specs import FactorisationSpec, TextDistillationSpec
 from lib.surgery import save_compressed
 from lib.training import device, encode, fine_tune, use_bf16
 
@@ -56,20 +58,16 @@ def run_text_distillation(spec: TextDistillationSpec, profile: Profile) -> dict[
     train, held_out = (unlabelled(spec, profile, tokenizer, split) for split in ("train", "validation"))
     result: dict[str, Any] = {"train_examples": len(train), "eval_examples": len(held_out)}
     result["before"] = held_out_terms(student, distiller, tokenizer, held_out, settings.precision)
-    checkpoints = profile.results / "checkpoints" / spec_hash(spec)
     outcome = fine_tune(
-        student, tokenizer, train, settings, spec.seed, checkpoints, compressor, distiller, label(spec),
-        profile.training.checkpoint_minutes,
+        student, tokenizer, train, settings, spec.seed, checkpoints_folder(profile, spec), compressor, distiller,
+        label(spec), profile.training.checkpoint_minutes,
     )  # fmt: skip
     result["after"] = held_out_terms(student, distiller, tokenizer, held_out, settings.precision)
     result["training"] = outcome.model_dump(mode="json")
     student = compressor.finalize(student)
     result["compression"] = compressor.summary()
     result["model"] = {"parameters": count_parameters(student), "size_bytes": model_cost.size_on_disk(student)}
-    if distributed.is_main():
-        with whole_folder(profile.results / "models" / spec_hash(spec)) as folder:
-            save_compressed(student, tokenizer, folder)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    leave_behind(profile, spec, partial(save_compressed, student, tokenizer))
     return result
 
 
@@ -96,11 +94,9 @@ def held_out_terms(model: PreTrainedModel, distiller: Distiller, tokenizer: PreT
     distiller.teacher.to(device())
     rows, collate = features.remove_columns("length"), DataCollatorWithPadding(tokenizer)
     totals: dict[str, float] = {}
-    for start in range(0, len(rows), EVAL_BATCH):
-        chosen = range(start, min(start + EVAL_BATCH, len(rows)))
-        batch = BatchEncoding(collate([rows[index] for index in chosen])).to(device())
+    for chosen, batch in in_batches(rows, collate, EVAL_BATCH, device()):
         with torch.autocast(device().type, torch.bfloat16, enabled=use_bf16(precision)):
-            terms = distiller.terms(model(**batch, **distiller.needs), dict(batch))
+            terms = distiller.terms(model(**batch, **distiller.needs), batch)
         for name, value in terms.items():
             totals[name] = totals.get(name, 0.0) + len(chosen) * float(value)
     model.train(was_training)

@@ -3,8 +3,7 @@
 BLEU is sacrebleu's on detokenised text (Post 2018), always searched in fp32, with beam and with greedy search.
 """
 
-import shutil
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,23 @@ import safetensors.torch
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib import distributed, metrics, model_cost
+from lib import metrics, model_cost
 from lib.batches import TrainingData
 from lib.compressors import Compressor, make_compressor
 from lib.compressors.base import Diverged
 from lib.config import StudyError
 from lib.data import get_task, load_task
-from lib.files import whole_folder
 from lib.labels import label
 from lib.models import count_parameters
+from lib.problems import first_line
 from lib.quantized_layers import is_quantized
 from lib.quantized_storage import DESCRIPTION as GRIDS
 from lib.quantized_storage import load_quantized, save_quantized
-from lib.runs import ensure_weights
+from lib.records import checkpoints_folder
+from lib.runs import ensure_weights, leave_behind
 from lib.search import translate
 from lib.settings import Profile
-from lib.specs import TranslationSpec, spec_hash
+from lib.specs import TranslationSpec
 from lib.training import device, fine_tune, use_bf16
 from lib.translation import (
     TranslationConfig,
@@ -52,28 +52,26 @@ def run_translation(spec: TranslationSpec, profile: Profile, keep_weights: bool 
     compressor = make_compressor(spec.compressor) if spec.compressor else Compressor(None)
     compressor.attach(model)
     compressor.use_data(_training_data(spec, data, tokenizer))
-    checkpoints = profile.results / "checkpoints" / spec_hash(spec)
     result: dict[str, Any] = {"train_examples": len(data["train"]), "eval_examples": len(data["test"])}
     if settings.epochs:
         try:
             outcome = fine_tune(
                 model, tokenizer, encode_pairs(data["train"], tokenizer, settings.max_length), settings, spec.seed,
-                checkpoints, compressor, None, label(spec), profile.training.checkpoint_minutes, collate_pairs,
+                checkpoints_folder(profile, spec), compressor, None, label(spec), profile.training.checkpoint_minutes,
+                collate_pairs,
             )  # fmt: skip
         except Diverged:
             if not compressor.divergence:
                 raise
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            leave_behind(profile, spec)
             return result | {"score": 0.0, "diverged": compressor.divergence}
         result["training"] = outcome.model_dump(mode="json")
     trained: Any = compressor.finalize(model)
     result |= evaluate_translation(spec, trained, tokenizer, data)
     result["model"] = describe_translation(trained)
     result["compression"] = compressor.summary()
-    if (keep_weights or spec.compressor is None) and distributed.is_main():
-        with whole_folder(_folder(profile, spec)) as folder:
-            save_translation(trained, tokenizer, folder)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    kept = keep_weights or spec.compressor is None
+    leave_behind(profile, spec, partial(save_translation, trained, tokenizer) if kept else None)
     return result
 
 
@@ -87,9 +85,7 @@ def _training_data(spec: TranslationSpec, data: DatasetDict, tokenizer: PreTrain
 
 def finished_translation(profile: Profile, spec: TranslationSpec) -> tuple[TranslationModel, PreTrainedTokenizerFast]:
     """The model that a run ended with; trained again when its weights have not travelled with its record."""
-    folder = _folder(profile, spec)
-    ensure_weights(profile, spec, folder, lambda: run_translation(spec, profile, keep_weights=True))
-    return load_translation(folder)
+    return load_translation(ensure_weights(profile, spec, lambda: run_translation(spec, profile, keep_weights=True)))
 
 
 def evaluate_translation(spec: TranslationSpec, model: TranslationModel, tokenizer: PreTrainedTokenizerFast,
@@ -157,13 +153,9 @@ def load_translation(folder: Path) -> tuple[TranslationModel, PreTrainedTokenize
         else:
             safetensors.torch.load_model(model, str(folder / WEIGHTS))
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error)
         raise StudyError(f"translation model {folder} cannot be loaded ({reason}); remove it to train again") from None
     return model.eval(), tokenizer
-
-
-def _folder(profile: Profile, spec: TranslationSpec) -> Path:
-    return profile.results / "models" / spec_hash(spec)
 
 
 def _data(spec: TranslationSpec, profile: Profile) -> DatasetDict:

@@ -6,7 +6,7 @@ The language model's head is evaluated at masked positions alone, which is where
 """
 
 import math
-import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,20 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 from transformers.modeling_outputs import MaskedLMOutput
 
-from lib import distributed
-from lib.batches import TrainingData
+from lib import model_cost
+from lib.batches import TrainingData, in_batches
 from lib.compressors import Compressor, make_compressor
 from lib.config import StudyError
 from lib.data import Task, get_task, load_task
 from lib.distillation import Distiller, logit_loss
 from lib.evaluation import EVAL_BATCH
-from lib.files import whole_folder
 from lib.labels import label
 from lib.models import encoder_source, load_config, load_tokenizer
-from lib.runs import ensure_weights
+from lib.problems import first_line
+from lib.records import checkpoints_folder
+from lib.runs import ensure_weights, leave_behind
 from lib.settings import Profile
-from lib.specs import UpstreamSpec, spec_hash
+from lib.specs import UpstreamSpec
 from lib.training import TrainingSettings, device, fine_tune, use_bf16
 
 IGNORED = -100
@@ -75,7 +76,7 @@ def load_masked_lm(encoder: str, seed: int, settings: TrainingSettings) -> Maske
                 encoder_source(encoder), config=config, attn_implementation=settings.attention, use_safetensors=True
             )
         except (OSError, ValueError) as error:
-            raise StudyError(f"encoder '{encoder}' could not be loaded ({str(error).splitlines()[0][:160]})") from None
+            raise StudyError(f"encoder '{encoder}' could not be loaded ({first_line(error)})") from None
 
 
 def texts(task: Task, split: Dataset) -> list[str]:
@@ -135,9 +136,7 @@ def evaluate(model: MaskedLM, tokenizer: PreTrainedTokenizerBase, features: Data
     model.eval()
     pad, names = collator(tokenizer), ["input_ids", "attention_mask", "labels"]
     rows, loss, right, total = features.select_columns(names), 0.0, 0, 0
-    for start in range(0, len(rows), EVAL_BATCH):
-        batch = pad([rows[i] for i in range(start, min(start + EVAL_BATCH, len(rows)))])
-        batch = {name: value.to(device()) for name, value in batch.items()}
+    for _, batch in in_batches(rows, pad, EVAL_BATCH, device()):
         with torch.autocast(device().type, torch.bfloat16, enabled=use_bf16(precision)):
             output = model(**batch)
         truth = batch["labels"][batch["labels"] != IGNORED]
@@ -149,8 +148,6 @@ def evaluate(model: MaskedLM, tokenizer: PreTrainedTokenizerBase, features: Data
 
 def run_upstream(spec: UpstreamSpec, profile: Profile) -> dict[str, Any]:
     """Train (and prune) the language model, measure it on held-out text, and keep its weights for sparse transfer."""
-    from lib import experiments, model_cost
-
     settings, task = spec.training, get_task(spec.task)
     if task.kind == "translation":
         raise StudyError(f"upstream pruning: task '{spec.task}' is translation; take one of an encoder's tasks")
@@ -170,22 +167,22 @@ def run_upstream(spec: UpstreamSpec, profile: Profile) -> dict[str, Any]:
     distiller = None
     if spec.distillation and spec.teacher:
         distiller = MaskedDistiller(spec.distillation, finished_upstream(profile, spec.teacher))
-    checkpoints = profile.results / "checkpoints" / spec_hash(spec)
     # ``train`` holds every epoch's masks one after the other, so one pass over it is all of training
     outcome = fine_tune(
         model, tokenizer, train, settings.model_copy(update={"epochs": settings.epochs / copies}),
-        spec.seed, checkpoints, compressor, distiller, label(spec), profile.training.checkpoint_minutes,
-        collator=collator(tokenizer),
+        spec.seed, checkpoints_folder(profile, spec), compressor, distiller, label(spec),
+        profile.training.checkpoint_minutes, collator=collator(tokenizer),
     )  # fmt: skip
     compressor.finalize(model)
     result: dict[str, Any] = {"train_examples": len(train) // copies, "eval_examples": len(held_out)}
     result |= {"training": outcome.model_dump(mode="json")} | evaluate(model, tokenizer, held_out, settings.precision)
     result |= {"model": model_cost.describe(model), "compression": compressor.summary()}
-    if distributed.is_main():
-        with whole_folder(experiments.weights_folder(profile, spec)) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    leave_behind(profile, spec, save)
     return result
 
 
@@ -196,8 +193,4 @@ def finished_upstream(profile: Profile, spec: UpstreamSpec) -> MaskedLM:
 
 def upstream_folder(profile: Profile, spec: UpstreamSpec) -> str:
     """Folder of a run's weights, made when missing; ``lib.models.load_model`` puts its encoder under a task head."""
-    from lib.experiments import weights_folder
-
-    folder = weights_folder(profile, spec)
-    ensure_weights(profile, spec, folder, lambda: run_upstream(spec, profile))
-    return str(folder)
+    return str(ensure_weights(profile, spec, lambda: run_upstream(spec, profile)))

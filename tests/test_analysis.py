@@ -219,6 +219,9 @@ def test_a_claim_that_some_engines_reach_holds_in_part():
     near = verdicts(saved=(50.0, 44.9)).loc[halved]  # its quartiles hold the bound, so it decides nothing
     assert near["verdict"] == "holds" and near["evidence"].startswith("1 of 2 reach the bound of 1.82 ×, 1 cannot tell")
     assert verdicts(saved=(44.9,)).loc[halved, "verdict"] == "cannot tell: every one's quartiles hold the bound"
+    tuned = "Half the layers fine-tune almost twice as fast"  # 1.94 × are printed, of which 90 % are 1.75
+    assert verdicts(ratio=1.7).loc[tuned, "verdict"] == "cannot tell: every one's quartiles hold the bound"
+    assert verdicts(ratio=1.6).loc[tuned, "verdict"] == "does not hold here"
 
 
 @pytest.mark.parametrize("claim", CLAIMS)

@@ -20,14 +20,13 @@ from lib.blocks import attention_parts
 from lib.claims import block_movement as claims_of
 from lib.compressors import CompressorSpec
 from lib.config import StudyError, load_profile
-from lib.experiments import weights_folder
 from lib.labels import label
 from lib.models import ARCHITECTURES
 from lib.plans.block_movement import COPIES, chunks, pruned, resident_bytes
 from lib.plots import block_movement as plots
 from lib.published import published
 from lib.published_shapes import FILE, HEADLINE, distinct_shapes, published_shapes, shapes_frame
-from lib.records import record_path
+from lib.records import record_path, weights_folder
 from lib.runs import ensure
 from lib.specs import LatencyModel, LatencySpec, TrainSpec, needed_weights, parse_spec, spec_hash
 from lib.speed_runs import build, run_latency

@@ -9,10 +9,11 @@ import pytest
 
 from lib.compressors import CompressorSpec
 from lib.config import ROOT, load_profile
-from lib.experiments import finished_model, weights_folder
+from lib.experiments import finished_model
 from lib.frontier import all_records
 from lib.gallery import with_tables
 from lib.models import layers
+from lib.records import weights_folder
 from lib.runs import ensure
 from lib.specs import dense_spec
 

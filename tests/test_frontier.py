@@ -14,9 +14,9 @@ from lib import figures, frontier, plans, recipes
 from lib.blocks import dense_weights
 from lib.compressors import COMPRESSORS, CompressorSpec
 from lib.config import StudyError, load_profile
-from lib.experiments import weights_folder
 from lib.models import load_model
 from lib.plans.frontier import FACTORS, HYBRID, latency_model, recipe_name
+from lib.records import weights_folder
 from lib.runs import ensure
 from lib.specs import EngineQualitySpec, TrainSpec, dense_spec, spec_hash
 from lib.surgery import load_compressed

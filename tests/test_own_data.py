@@ -232,6 +232,15 @@ def test_a_file_that_the_profile_describes_keeps_its_description(tmp_path, profi
         load_profile(path, tasks=[str(tmp_path / "elsewhere" / "reports.tsv")])
 
 
+def test_own_tasks_that_are_no_mapping_are_refused_with_a_file_and_without(tmp_path, profile_file):
+    path = profile_file()
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"own_tasks": None}, sort_keys=False))
+    with pytest.raises(StudyError, match="own_tasks: found None, expected"):
+        load_profile(path, tasks=[str(topics(tmp_path / "tickets.tsv"))])
+    with pytest.raises(StudyError, match="own_tasks"):
+        load_profile(path)
+
+
 def test_other_files_under_the_same_name_are_refused_in_one_process(tmp_path):
     load_profile("smoke", tasks=[str(squad(tmp_path / "mine.json"))])
     load_profile("smoke", tasks=[str(tmp_path / "mine.json")])

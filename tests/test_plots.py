@@ -53,6 +53,7 @@ def test_runs_on_a_slower_machine_do_not_bend_a_curve():
     ])  # fmt: skip
     sparse = speed[speed["sparsity"] > 0]
     assert sparse["over fp32"].tolist() == [2, 4, 8]
+    assert sparse["over fp32 low"].tolist() == [0.5, 1, 2] and sparse["over fp32 high"].tolist() == [8, 16, 32]
     assert sparse["anchored ms"].tolist() == [1000, 500, 250]  # the dense median is 2000
     assert sparse["low ms"].tolist() == [500, 250, 125]  # as in the fastest run
     assert sparse["high ms"].tolist() == [2000, 1000, 500]  # and in the slowest

@@ -23,7 +23,7 @@ from lib.config import ROOT, StudyError, load_profile
 from lib.distillation import Distillation
 from lib.labels import label
 from lib.plans.poor_mans_bert import dropped_after, dropped_and_distilled, dropped_before
-from lib.records import Record, Records, cached, older_than_start, read_record, record_path
+from lib.records import Record, Records, cached, older_than_start, read_record, record_path, weights_folder
 from lib.runs import ensure
 from lib.settings import Profile
 from lib.specs import (
@@ -440,7 +440,7 @@ def test_two_that_miss_the_same_weights_train_them_once(profile, monkeypatch):
         trained.append(spec_hash(spec))
         started.set()
         assert go_on.wait(30)
-        experiments.weights_folder(profile, spec).mkdir(parents=True)
+        weights_folder(profile, spec).mkdir(parents=True)
         return {"score": 50.0}
 
     monkeypatch.setattr(experiments, "run_training", train)
@@ -452,7 +452,7 @@ def test_two_that_miss_the_same_weights_train_them_once(profile, monkeypatch):
         time.sleep(0.3)  # what trains without a lock would be in the list by now
         assert trained == [spec_hash(spec)] and not second.done()
         go_on.set()
-        assert first.result(30) == second.result(30) == experiments.weights_folder(profile, spec)
+        assert first.result(30) == second.result(30) == weights_folder(profile, spec)
     assert trained == [spec_hash(spec)]
 
 
@@ -481,7 +481,7 @@ def test_a_record_names_the_weights_that_its_run_began_with(profile):
     dense = dense_spec(profile, "world_sentiment", 0)
     child = dense.model_copy(update={"start": dense, "training": dense.training.model_copy(update={"epochs": 0})})
     record_of_dense, record_of_child = ensure([dense, child], profile)
-    (weights,) = experiments.weights_folder(profile, dense).glob("*.safetensors")
+    (weights,) = weights_folder(profile, dense).glob("*.safetensors")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
     assert record_of_dense.weights == {} and record_of_child.weights == {record_of_dense.hash: digest}
     assert read_record(record_path(profile, child)).weights == record_of_child.weights
@@ -492,7 +492,7 @@ def test_weights_trained_again_must_be_the_recorded_model(profile, monkeypatch, 
     """A record that travelled without its weights: retraining may round differently, but not end elsewhere."""
     spec = dense_spec(profile, "world_sentiment", 0)
     (record,) = ensure([spec], profile)
-    folder = experiments.weights_folder(profile, spec)
+    folder = weights_folder(profile, spec)
     shutil.rmtree(folder)
 
     def train(spec: TrainSpec, profile: Profile, keep_weights: bool) -> dict[str, float]:
@@ -541,10 +541,10 @@ def test_weights_are_not_trained_while_their_record_is_computed(profile, monkeyp
         waiting = pool.submit(experiments.finished_model, profile, spec)
         time.sleep(0.3)
         assert not waiting.done()
-        experiments.weights_folder(profile, spec).mkdir(parents=True)
+        weights_folder(profile, spec).mkdir(parents=True)
         finished = record(spec, score=1.0).model_dump(mode="json")
         files.write_atomically(record_path(profile, spec), json.dumps(finished))
-    assert waiting.result(30) == experiments.weights_folder(profile, spec)
+    assert waiting.result(30) == weights_folder(profile, spec)
 
 
 def test_training_speed_takes_a_spec_that_was_written_out_in_full(monkeypatch):
@@ -599,8 +599,8 @@ def test_a_distilled_run_end_to_end(profile):
     assert student["model"]["layers"] == 2 and dense["model"]["layers"] == 4
     assert student["model"]["parameters"] < dense["model"]["parameters"]
     assert 0 <= student["score"] <= 100 and student["training"]["steps"] == 4
-    assert experiments.weights_folder(profile, teacher).is_dir()
-    assert not experiments.weights_folder(profile, spec).exists()
+    assert weights_folder(profile, teacher).is_dir()
+    assert not weights_folder(profile, spec).exists()
     untrained = dropped_after(profile, "world_sentiment", 0, (1,), retrain=False)
     (record,) = ensure([untrained], profile)
     assert "training" not in record.result and record["model"]["layers"] == 3

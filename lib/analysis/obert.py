@@ -191,9 +191,9 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     A machine may be faster in one run than in another, and no run holds all engines. So every time is carried to the
     median over runs of the dense full model on its engine: ``anchored ms`` is the model's median times that one over
     the dense model's median in the same run. ``low ms`` and ``high ms`` are its quartiles, carried to the fastest and
-    the slowest of these runs. All ratios are of these times: ``over fp32`` to the dense full model on the plain fp32
-    engine of the same family (NaN where there is none), ``over best dense`` to the dense full model on the fastest
-    engine under the same conditions, which is what a sparse model has to beat, with ``… low`` and ``… high``.
+    the slowest of these runs. All ratios are of these times, with ``… low`` and ``… high``: ``over fp32`` to the dense
+    full model on the plain fp32 engine of the same family (NaN where there is none), ``over best dense`` to the dense
+    full model on the fastest engine under the same conditions, which is what a sparse model has to beat.
 
     Times of two machines are never compared: ``instructions`` (of the spec, "" for any processor) tells rows apart
     that were timed for a kind of processor, and of those for any, at each batch and length, the runs of that processor
@@ -232,8 +232,10 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     for name, quartile, anchor in (("low ms", "q1_ms", "min"), ("high ms", "q3_ms", "max")):
         carried = frame[quartile] * _beside(frame, anchors[anchor]) / own
         frame[name] = carried.groupby(same).transform(anchor)
-    fp32 = whole[whole["engine"] == whole["family"] + "-fp32"].groupby(["family", *condition])["ms"].median()
-    frame["over fp32"] = _beside(frame, fp32) / frame["anchored ms"]
+    fp32 = frame[is_whole & (frame["engine"] == frame["family"] + "-fp32")].groupby(["family", *condition]).first()
+    frame["over fp32"] = _beside(frame, fp32["anchored ms"]) / frame["anchored ms"]
+    frame["over fp32 low"] = _beside(frame, fp32["low ms"]) / frame["high ms"]
+    frame["over fp32 high"] = _beside(frame, fp32["high ms"]) / frame["low ms"]
     fastest = frame[is_whole].sort_values("anchored ms").groupby(condition).first()
     frame["over best dense"] = _beside(frame, fastest["anchored ms"]) / frame["anchored ms"]
     frame["over best dense low"] = _beside(frame, fastest["low ms"]) / frame["high ms"]

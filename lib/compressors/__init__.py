@@ -18,6 +18,7 @@ from lib.compressors.refill import Refill
 from lib.compressors.sparse_int8 import SparseInt8
 from lib.compressors.structured import StructuredPruning
 from lib.config import StudyError
+from lib.problems import first_problem
 from lib.settings import Strict
 
 COMPRESSORS: dict[str, type[Compressor]] = {
@@ -60,6 +61,4 @@ def make_compressor(spec: CompressorSpec, informed: Sequence[dict[str, Any]] = (
     try:
         return cls(cls.Settings.model_validate(spec.settings), informed)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise StudyError(f"compressor {spec.name}: setting {field}: {first['msg']}, found {first['input']!r}") from None
+        raise StudyError(f"compressor {spec.name}: setting {first_problem(error, 'as a whole')}") from None
