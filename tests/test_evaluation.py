@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 
 from lib import evaluation, experiments, plans
+from lib.batches import in_batches
 from lib.config import StudyError, load_profile
 from lib.data import TASKS, load_task
 from lib.evaluation import evaluate_model, predict
@@ -63,6 +64,17 @@ class Knowing(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
         rows = zip(input_ids, attention_mask.bool(), strict=True)
         return {"logits": torch.tensor([self.known[tuple(ids[real].tolist())] for ids, real in rows])}
+
+
+@pytest.mark.parametrize("order", [None, [4, 0, 3, 1, 2]])
+def test_batches_come_in_the_order_asked_for_with_their_indices(order):
+    rows = Dataset.from_dict({"value": [0, 10, 20, 30, 40]})
+    found = list(
+        in_batches(rows, lambda chosen: {"value": torch.tensor([row["value"] for row in chosen])}, 2, "cpu", order)
+    )
+    assert [len(chosen) for chosen, _ in found] == [2, 2, 1]
+    assert [index for chosen, _ in found for index in chosen] == (order or [0, 1, 2, 3, 4])
+    assert all(batch["value"].tolist() == [10 * index for index in chosen] for chosen, batch in found)
 
 
 def test_classes_are_the_largest_logits_and_scores_are_percent(data, tokenizer):
