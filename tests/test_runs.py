@@ -662,7 +662,7 @@ SPEC = TRAIN.model_dump(mode="json")
         ("[]", "the file"),
         ("{}", "the file: Unable to extract tag using discriminator 'kind'"),
         (json.dumps(SPEC | {"kind": "trian"}), "'trian'"),
-        (json.dumps(SPEC | {"seed": -1}), "train.seed: Input should be greater than or equal to 0, found '-1'"),
+        (json.dumps(SPEC | {"seed": -1}), "train.seed: Input should be greater than or equal to 0, found -1"),
         (json.dumps(SPEC | {"sede": 1}), "train.sede: Extra inputs are not permitted"),
         (json.dumps(SPEC | {"task": "rteee"}), "unknown task 'rteee'; allowed: squad_v1"),
         (json.dumps(SPEC | {"task": "multi30k"}), "task 'multi30k' is translation"),
