@@ -30,7 +30,7 @@ def in_batches(rows: Dataset, collate: Collate, size: int, device: torch.device 
     """
     order = range(len(rows)) if order is None else order
     for start in range(0, len(order), size):
-        chosen = [int(index) for index in order[start : start + size]]
+        chosen = order[start : start + size]
         yield chosen, dict(BatchEncoding(collate([rows[index] for index in chosen])).to(device))
 
 

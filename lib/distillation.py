@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
+from lib.batches import LABELS
 from lib.config import StudyError
 from lib.quantized_layers import is_quantized
 from lib.settings import Strict
@@ -124,7 +125,7 @@ class Distiller:
     def terms(self, student_output, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The terms of one batch that have a weight, before it is applied, by their names in ``Distillation``."""
         settings, terms = self.settings, dict[str, Tensor]()
-        unlabelled = {k: v for k, v in inputs.items() if k not in ("labels", "start_positions", "end_positions")}
+        unlabelled = {k: v for k, v in inputs.items() if k not in LABELS}
         with torch.no_grad():
             teacher_output = self.teacher(**unlabelled, **self.needs)
         if settings.logits:
