@@ -16,13 +16,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from lib.config import ROOT
+from lib.config import ROOT, StudyError
 
 PACKAGES = (
     "torch", "transformers", "datasets", "evaluate", "accelerate", "numpy", "onnx", "onnxscript", "onnxruntime",
@@ -68,9 +69,42 @@ def isa_flags() -> tuple[str, ...]:
     return tuple(flag for flag in ISA_OF_INTEREST if flag in flags)
 
 
+def kind_of_processor(instructions: str) -> tuple[str, list[str]]:
+    """What a kind of processor has and what it lacks: "avx512_vnni_without_avx512_bf16" has the first, not the second.
+
+    Raises:
+        StudyError: a name that is not of ``ISA_OF_INTEREST``.
+    """
+    has, *lacks = instructions.split("_without_")
+    if unknown := [name for name in (has, *lacks) if name not in ISA_OF_INTEREST]:
+        raise StudyError(
+            f"latency.also_with: '{unknown[0]}' is no instruction set of {', '.join(ISA_OF_INTEREST)} "
+            "(NAME, or NAME_without_NAME)"
+        )
+    return has, lacks
+
+
 def offers(instructions: str) -> bool:
-    """Whether this processor has an instruction set of interest, by its name there; "" asks for none."""
-    return instructions in ("", *isa_flags())
+    """Whether this processor is of a kind (``kind_of_processor``); "" stands for any."""
+    if not instructions:
+        return True
+    has, lacks = kind_of_processor(instructions)
+    return has in isa_flags() and not set(lacks) & set(isa_flags())
+
+
+def dense_units(isa: Collection[str]) -> str:
+    """The best that ``isa`` has for dense matrices, as a reader knows it; "" where nothing is known of it.
+
+    Processors of one name differ in it: a virtual machine may hide what its host has.
+    """
+    for units, there in (
+        ("AMX", any(flag.startswith("amx") for flag in isa)),
+        ("bf16 vectors", bool(_BF16_FLAGS & set(isa))),
+        ("INT8 vectors, no bf16", bool(_VNNI_FLAGS & set(isa))),
+    ):
+        if there:
+            return units
+    return ""
 
 
 def native_bf16(device: str = "cpu") -> bool:

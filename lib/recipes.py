@@ -44,7 +44,7 @@ def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) 
     on the reference engine over the recipe's, ``speed q1`` and ``speed q3`` their quartiles; recipes of one shape share
     them (``timing``). A reference engine that is PyTorch in fp32 has rows as well: training measured its score.
     """
-    latency = {record.hardware.get("cpu", ""): timing(record) for record in timed} or {"": {}}
+    latency = {record.processor: timing(record) for record in timed} or {"": {}}
     done = {record.hash: record for record in records}
     scored = {}
     for record in done.values():

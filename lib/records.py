@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from lib.config import StudyError
+from lib.environment import dense_units
 from lib.files import sha256
 from lib.labels import label
 from lib.problems import first_problem
@@ -42,8 +43,14 @@ class Record(Strict):
 
     @property
     def machine(self) -> str:
-        """What computed it: the GPU's name, or the CPU's where there was none."""
-        return str(self.hardware.get("gpu") or self.hardware.get("cpu"))
+        """What computed it: the GPU's name, or the processor where there was none."""
+        return str(self.hardware.get("gpu") or self.processor)
+
+    @property
+    def processor(self) -> str:
+        """The CPU's name and what it has for dense matrices, which CPUs of one name differ in; "" without a name."""
+        units = dense_units(self.hardware.get("isa", ()))
+        return str(self.hardware.get("cpu") or "") + f" ({units})" * bool(units)
 
     def __getitem__(self, key: str) -> Any:
         """``record["score"]`` is ``record.result["score"]``."""

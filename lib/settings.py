@@ -77,8 +77,9 @@ class LatencySettings(Strict):
     """Conditions under which speed is measured: every engine, batch and length pair named here.
 
     ``comparison_examples`` is how many features the comparison with a stock Trainer trains on in each round;
-    ``compare_training`` says whether notebook 01 makes it. ``also_with`` names instruction sets: the sparse engines of
-    notebook 03 and the recipes of notebook 08 are timed once more on a processor with each of them.
+    ``compare_training`` says whether notebook 01 makes it. ``also_with`` names kinds of processors, by an
+    instruction set that one has (NAME) and others that it lacks (NAME_without_NAME): the sparse engines of notebook 03
+    and the recipes of notebook 08 are timed once more on each.
     """
 
     engines: tuple[str, ...] = Field(min_length=1)

@@ -167,8 +167,8 @@ class LatencySpec(Strict):
     """Latency of models on engines, all interleaved in one run. ``dense`` names the model that ratios refer to.
 
     Ratios compare with the dense model on the same engine, or on ``reference`` where one is given. ``instructions``
-    names an instruction set without which the run is not made, so that two kinds of processors have a record each;
-    without one, whichever machine comes first makes it.
+    names the one kind of processor that the run is made on (``environment.kind_of_processor``), so that each kind has a
+    record of its own; without it, whichever machine comes first makes it.
     """
 
     kind: Literal["latency"] = "latency"

@@ -92,8 +92,8 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
         )  # fmt: skip
     if not environment.offers(spec.instructions):
         raise StudyError(
-            f"latency: this run is for a processor with {spec.instructions}, which this one lacks; make it on one, or "
-            "take the name out of latency.also_with"
+            f"latency: this run is for a processor with {spec.instructions.replace('_without_', ' and without ')}, which "
+            "this one is not; make it on one, or take the name out of latency.also_with"
         )
     candidates: dict[str, Any] = {}
     sizes, agreement, file_bytes, unavailable = {}, {}, {}, {}

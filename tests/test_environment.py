@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+from conftest import record
 
 from lib import environment
 from lib.config import ROOT, StudyError
 from lib.environment import code_digest, git_commit, hardware, native_bf16, packages
 from lib.memory import peak_memory
+from lib.specs import MajoritySpec
 
 SOURCE = '''"""Doc."""
 # a comment
@@ -88,6 +90,18 @@ def test_native_precisions_follow_the_instruction_sets(monkeypatch, flags, bf16,
     monkeypatch.setattr(environment, "isa_flags", lambda: flags)
     assert native_bf16("cpu") is bf16
     assert environment.native_int8() is int8
+
+
+@pytest.mark.parametrize(
+    ("flags", "units"),
+    [((), ""), (("avx2", "avx512f"), ""), (("avx512f", "avx512_vnni"), "INT8 vectors, no bf16"),
+     (("avx512_bf16", "avx512_vnni"), "bf16 vectors"), (("avx512_bf16", "amx_tile"), "AMX")],
+)  # fmt: skip
+def test_processors_of_one_name_are_told_apart_by_what_they_have_for_dense_matrices(flags, units):
+    assert environment.dense_units(flags) == units
+    spec = MajoritySpec(task="rte", data="embedded")
+    run = record(spec).model_copy(update={"hardware": {"cpu": "Toy CPU", "isa": list(flags)}})
+    assert run.processor == run.machine == ("Toy CPU" + f" ({units})" * bool(units))
 
 
 def run_python(code, **variables):

@@ -194,11 +194,26 @@ def test_a_kind_of_processor_is_timed_where_it_is_at_hand(study, monkeypatch):
     assert record_path(there, plan[-1]).name.startswith("latency-4 layers dense_batch1_length16_amx_tile-")
     monkeypatch.setattr(environment, "isa_flags", lambda: ("avx2",))
     assert sparse_speed(there) == plain
-    with pytest.raises(StudyError, match="is for a processor with amx_tile, which this one lacks"):
+    with pytest.raises(StudyError, match="is for a processor with amx_tile, which this one is not"):
         run_latency(plan[-1])
-    wrong = study.model_copy(update={"latency": latency.model_copy(update={"also_with": ("amx",)})})
-    with pytest.raises(StudyError, match=r"latency\.also_with: 'amx' is no instruction set of avx2, "):
-        sparse_speed(wrong)
+    for name in ("amx", "avx2_without_amx"):
+        wrong = study.model_copy(update={"latency": latency.model_copy(update={"also_with": (name,)})})
+        with pytest.raises(StudyError, match=r"latency\.also_with: 'amx' is no instruction set of avx2, "):
+            sparse_speed(wrong)
+
+
+def test_a_kind_of_processor_may_be_one_that_lacks_something(study, monkeypatch):
+    kind = "avx512_vnni_without_avx512_bf16_without_amx_tile"
+    there = study.model_copy(update={"latency": study.latency.model_copy(update={"also_with": (kind,)})})
+    monkeypatch.setattr(environment, "isa_flags", lambda: ("avx512f", "avx512_vnni"))
+    plan = [spec for spec in sparse_speed(there) if spec.instructions]
+    assert [spec.engines for spec in plan] == [("pytorch-fp32",), *2 * [("pytorch-csr-fp32",)]]
+    assert kind in record_path(there, plan[0]).name
+    for flags in (("avx512f",), ("avx512_vnni", "avx512_bf16"), ("avx512_vnni", "amx_tile")):
+        monkeypatch.setattr(environment, "isa_flags", lambda flags=flags: flags)
+        assert sparse_speed(there) == sparse_speed(study)
+        with pytest.raises(StudyError, match="with avx512_vnni and without avx512_bf16 and without amx_tile, which"):
+            run_latency(plan[0])
 
 
 def test_a_run_on_a_sparse_engine_holds_the_models_of_one_sparsity(study):

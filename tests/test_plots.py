@@ -132,20 +132,25 @@ def test_a_kind_of_processor_has_rows_of_its_own_however_few():
     speed = speed_frame([*there, *runs])
     pd.testing.assert_frame_equal(speed[speed["instructions"] == ""].reset_index(drop=True), speed_frame(runs))
     matrix = speed[speed["instructions"] == "amx_tile"]
-    assert set(matrix["cpu"]) == {"matrix"} and matrix["over fp32"].dropna().tolist() == [1, 9]
+    assert set(matrix["cpu"]) == {"matrix (AMX)"} and matrix["over fp32"].dropna().tolist() == [1, 9]
     assert crossing_table(matrix)["32 × 128"].tolist() == ["never", "never"]
     said = units_sentence(speed_frame([*there, *[run.model_copy(update={"hardware": {
         **run.hardware, "isa": ["avx512_vnni"]}}) for run in runs]]))  # fmt: skip
-    assert "matrix has matrix units" in said and "no matrix units (AMX)." in said and "not measured" not in said
+    assert (
+        "matrix (AMX) has matrix units" in said
+        and "vector instructions for INT8 alone (avx512_vnni) and" in said
+        and "no matrix units (AMX)." in said
+        and "not measured" not in said
+    )
 
 
 def test_a_sparse_model_that_wins_on_one_processor_alone_wins_in_part():
     runs = [timed("deepsparse-fp32", 0.8, 1000, 500), timed("openvino-bf16", None, 600)]
     there = [on_matrix_units(run) for run in (runs[0], timed("openvino-bf16", None, 90))]
     row = _against_dense(speed_frame([*runs, *there]))
-    cpu = runs[0].hardware["cpu"]
+    cpu = runs[0].processor
     assert row["verdict"] == "holds in part"
-    shown = {f"1.20 × over 1 condition on {cpu}", "0.18 × over 1 condition on matrix"}
+    shown = {f"1.20 × over 1 condition on {cpu}", "0.18 × over 1 condition on matrix (AMX)"}
     assert set(row["ours"].split("; ")) == shown
     overlap = [on_matrix_units(run) for run in (runs[0], timed("openvino-bf16", None, 505, spread=30))]
     assert _against_dense(speed_frame([*runs, *overlap]))["verdict"] == "cannot tell: the quartiles overlap"
@@ -156,7 +161,7 @@ def test_a_papers_speed_up_is_judged_on_every_processor():
     runs = [timed("deepsparse-fp32", None, 1000, other=half, other_ms=ms) for ms in (200, 100)]
     row = _speed(speed_frame([runs[0], on_matrix_units(runs[1])]), "speed")
     assert row["verdict"] == "holds in part"
-    assert row["ours"] == f"5.0 × on {runs[0].hardware['cpu']}; 10.0 × on matrix"
+    assert row["ours"] == f"5.0 × on {runs[0].processor}; 10.0 × on matrix (AMX)"
     assert _speed(speed_frame([runs[0]]), "speed")["verdict"] == "does not hold here"
 
 

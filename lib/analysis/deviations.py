@@ -50,11 +50,12 @@ def units_sentence(speed: pd.DataFrame) -> str:
         flags = dict.fromkeys(" ".join(runs).split())
         matrix = [flag for flag in flags if flag.startswith("amx")]
         vector = [flag for flag in flags if "bf16" in flag or "vnni" in flag]
+        numbers = "bf16 and INT8" if any("bf16" in flag for flag in vector) else "INT8 alone"
         if matrix:
             texts.append(f"{cpu} has matrix units for bf16 and INT8 ({', '.join(matrix)}).")
         elif vector:
             texts.append(
-                f"{cpu} has vector instructions for bf16 and INT8 ({', '.join(vector)}) and no matrix units (AMX)"
+                f"{cpu} has vector instructions for {numbers} ({', '.join(vector)}) and no matrix units (AMX)"
                 + ("." if measured else ": a dense model on those was not measured in this comparison.")
             )
     return " ".join(texts)

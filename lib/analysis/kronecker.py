@@ -126,7 +126,7 @@ def first_stage_frame(records: Iterable[Record], profile: Profile) -> pd.DataFra
                 "configuration": _configuration(record.spec, names),
                 "factors": record["compression"]["initialisation"], "term": term, "before": before, "after": after,
                 "left (%)": 100 * after / before, "share of loss (%)": 100 * weights[term] * before / loss,
-                "minutes": record["training"]["seconds"] / 60, "processor": record.hardware["cpu"],
+                "minutes": record["training"]["seconds"] / 60, "processor": record.processor,
                 "tokens": record["training"]["tokens"],
             })  # fmt: skip
     columns = ["configuration", "factors", "term", "before", "after", "left (%)", "share of loss (%)"]

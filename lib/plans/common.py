@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 from lib import engines, environment
-from lib.config import StudyError
 from lib.data import get_task
 from lib.models import ARCHITECTURES, SPEED_ARCHITECTURES, architecture_of, layer_count, load_config
 from lib.records import record_path
@@ -63,14 +62,14 @@ def timed_architecture(profile: Profile) -> str:
 
 
 def on_other_processors(profile: Profile, specs: Sequence[LatencySpec]) -> list[LatencySpec]:
-    """``specs`` once more for a processor with each instruction set of ``latency.also_with``.
+    """``specs`` once more for each kind of processor of ``latency.also_with``.
 
     Raises:
-        StudyError: a name that no record's hardware could have.
+        StudyError: a kind that no record's hardware could be of.
     """
-    kinds, known = profile.latency.also_with, environment.ISA_OF_INTEREST
-    if unknown := [name for name in kinds if name not in known]:
-        raise StudyError(f"latency.also_with: '{unknown[0]}' is no instruction set of {', '.join(known)}")
+    kinds = profile.latency.also_with
+    for kind in kinds:
+        environment.kind_of_processor(kind)
     return [spec.model_copy(update={"instructions": kind}) for kind in kinds for spec in specs]
 
 
