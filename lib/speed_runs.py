@@ -91,9 +91,10 @@ def run_latency(spec: LatencySpec) -> dict[str, Any]:
             else f"latency: dense model '{spec.dense}' is not among {', '.join(spec.models)}"
         )  # fmt: skip
     if not environment.offers(spec.instructions):
+        kind = spec.instructions.replace("_without_", " and without ")
         raise StudyError(
-            f"latency: this run is for a processor with {spec.instructions.replace('_without_', ' and without ')}, which "
-            "this one is not; make it on one, or take the name out of latency.also_with"
+            f"latency: this run is for a processor with {kind}, which this one is not; make it on one, or take the "
+            "name out of latency.also_with"
         )
     candidates: dict[str, Any] = {}
     sizes, agreement, file_bytes, unavailable = {}, {}, {}, {}

@@ -93,10 +93,8 @@ def test_recipes_timed_on_two_processors_have_rows_for_both(series):
     })  # fmt: skip
     both = recipes.over_seeds(recipes.by_seed(study, records, [timed, other]))
     alone = recipes.over_seeds(recipes.by_seed(study, records, [timed]))
-    assert both["processor"].unique().tolist() == [
-        timed.processor,
-        timed.model_copy(update={"hardware": timed.hardware | {"cpu": "another"}}).processor,
-    ] and len(both) == 2 * len(alone)
+    assert both["processor"].unique().tolist() == [timed.processor, other.processor] and len(both) == 2 * len(alone)
+    assert other.processor.startswith("another")
     first, second = both[: len(alone)], both[len(alone) :].reset_index(drop=True)
     pd.testing.assert_frame_equal(first, alone)
     np.testing.assert_allclose(second["ms"], first["ms"] / 2)

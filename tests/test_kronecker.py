@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForQuestionAnswering, BertForQuesti
 
 from lib import experiments, model_cost, plans
 from lib.analysis.kronecker import (
+    ablation_frame,
     bounds,
     complete,
     cost_frame,
@@ -860,6 +861,23 @@ def test_ablations_are_compared_where_all_are_finished():
     rows = rows[~((rows["task"] == "rte") & (rows["seed"] == 1) & (rows["variant"] == "no_text"))]
     kept = complete(rows[rows["configuration"] == "kron8"], ["full", "no_text"])
     assert len(kept) == 10 and not ((kept["task"] == "rte") & (kept["seed"] == 1)).any()
+
+
+def test_what_a_part_of_the_training_is_worth_is_paired_by_task_and_seed():
+    """A seed that lacks one ablation still counts for the others; the dense model and one answer for all stand by."""
+    rows = scores(kron8_full=90.0, kron8_no_text=85.0, kron8_no_teacher=88.0).assign(floor=60.0)
+    rows = rows[rows["task"] == "rte"].reset_index(drop=True)
+    second = (rows["seed"] == 1) & (rows["configuration"] == "kron8")
+    rows.loc[second & (rows["variant"] == "no_text"), "score"] += 2
+    rows = rows[~(second & (rows["variant"] == "no_teacher"))]
+    table = ablation_frame(rows, "kron8").set_index("variant")
+    whole = rows[(rows["configuration"] == "kron8") & (rows["variant"] == "full")]
+    lacking = rows[(rows["configuration"] == "kron8") & (rows["variant"] == "no_text")]
+    assert table.loc["no_text", "n"] == len(whole) and table.loc["no_teacher", "n"] == len(whole) - 1
+    assert table.loc["no_text", "points"] == pytest.approx(lacking["score"].mean() - whole["score"].mean())
+    assert table.loc["floor", "points"] == pytest.approx(60 - whole["score"].mean())
+    assert table.loc["dense", "points"] > 0 and "full" not in table.index
+    assert ablation_frame(rows[rows["configuration"] == "dense"], "kron8").empty
 
 
 def test_a_share_beside_the_paper_is_one_of_the_papers_metric():

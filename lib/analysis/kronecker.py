@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.analysis import latency_frame, of_same_seed, one_label_scores, training_runs, uninformative
+from lib.analysis import latency_frame, of_same_seed, one_label_scores, summarise, training_runs, uninformative
 from lib.data import TASKS
 from lib.kronecker_models import KINDS, PUBLISHED, PUBLISHED_ON, KroneckerShapes, encoder_parameters
 from lib.models import ARCHITECTURES, SPEED_ARCHITECTURES
@@ -107,6 +107,25 @@ def complete(frame: pd.DataFrame, variants: Sequence[str]) -> pd.DataFrame:
     rows = frame[frame["variant"].isin(variants)]
     counts = rows.groupby(["task", "seed"])["variant"].transform("nunique")
     return rows[counts == rows["variant"].nunique()]
+
+
+def ablation_frame(frame: pd.DataFrame, configuration: str) -> pd.DataFrame:
+    """What a configuration scores without a part of its training, against all of it on the same task and seed.
+
+    Args:
+        frame: ``kronecker_frame``.
+
+    Returns:
+        One row per title and variant but the first of ``VARIANT_NAMES``: ``points`` (mean difference), ``low`` and
+        ``high`` (95 % bootstrap interval), ``n`` pairs. Two further variants say how much there is to win and to lose:
+        "dense", and "floor", one answer for all.
+    """
+    own = frame[frame["configuration"] == configuration]
+    whole = own[own["variant"] == "full"]
+    least = whole.assign(variant="floor", score=whole["floor"]).dropna(subset="score")
+    others = pd.concat([own[own["variant"] != "full"], frame[frame["configuration"] == DENSE], least])
+    pairs = others.merge(whole[["task", "seed", "score"]], on=["task", "seed"], suffixes=("", " of all"))
+    return summarise(pairs.assign(points=pairs["score"] - pairs["score of all"]), ["title", "variant"], "points")
 
 
 def first_stage_frame(records: Iterable[Record], profile: Profile) -> pd.DataFrame:

@@ -263,6 +263,42 @@ def crossing_table(speed: pd.DataFrame) -> pd.DataFrame:
     return wide.rename_axis(columns=None).reset_index()
 
 
+def processors_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
+    """How many times faster than the fastest dense engine zeros are: a curve per processor, a panel per condition.
+
+    At each sparsity stands the fastest sparse model of full depth, whatever its engine and pattern; bars are its
+    quartiles and the dense model's. Drawn are the conditions under which several processors timed sparse models.
+
+    Raises:
+        StudyError: no condition has two processors.
+    """
+    condition, ratio = ["batch", "length"], "over best dense"
+    full = speed[(speed["layers"] == speed["total"]) & (speed["sparsity"] > 0)] if len(speed) else speed
+    if len(full):
+        full = full[full.groupby(condition)["cpu"].transform("nunique") > 1]
+    if full.empty:
+        raise StudyError("oBERT: sparse models are not timed on two processors; see latency.also_with")
+    best = full.sort_values(ratio).groupby(["cpu", *condition, "sparsity"], sort=False).tail(1)
+    best = best.sort_values([*condition, "cpu", "sparsity"], ascending=[False, True, True, True])
+    panels = list(best.groupby(condition, sort=False))
+    styles = {
+        cpu: figures.series_style(number) | {"marker": "osD^v"[number % 5]}
+        for number, cpu in enumerate(sorted(best["cpu"].unique()))
+    }
+    fig, axes = figures.panels(len(panels), across=2, row=1.7, margin=0.7, sharey=True)
+    for ax, ((batch, length), here) in zip(axes, panels, strict=False):
+        for cpu, points in here.groupby("cpu", sort=False):
+            bars = figures.error_bars(points, ratio, f"{ratio} low", f"{ratio} high")
+            ax.errorbar(points["sparsity"], points[ratio], bars, capsize=1.5, elinewidth=0.7, label=cpu, **styles[cpu])
+        ax.axhline(1, color=figures.BLACK, linewidth=0.7, linestyle=figures.DASHES)
+        ax.set(title=f"batch {batch}, {length} tokens", xlabel="sparsity (%)", xticks=sorted(best["sparsity"].unique()))
+    for ax in axes[::2]:
+        ax.set_ylabel("× fastest dense")
+    figures.outside_legend(fig, columns=1)
+    shown = ["cpu", *condition, "sparsity", "engine", "group", "over fp32", ratio, f"{ratio} low", f"{ratio} high"]
+    return fig, best[shown].reset_index(drop=True)
+
+
 def fastest_dense(here: pd.DataFrame) -> str:
     """The engine on which the dense model is fastest, of rows of one condition."""
     return str(here[here["sparsity"] == 0].sort_values("anchored ms")["engine"].iloc[0])
