@@ -162,9 +162,16 @@ def test_zeros_are_compared_between_processors_at_the_conditions_that_several_ti
     assert found == {(cpu, 80.0): 1.2, (cpu, 90.0): 2.0, ("matrix (AMX)", 80.0): pytest.approx(90 / 700)}
     assert drawn.set_index(["cpu", "sparsity"])["group"].to_dict()[cpu, 80.0] == 4
     assert [text.get_text() for text in fig.legends[0].texts] == sorted(drawn["cpu"].unique())
-    for few in (pd.DataFrame(), speed_frame(runs), speed_frame([*runs, there[1]])):
-        with pytest.raises(StudyError, match="not timed on two processors"):
-            processors_figure(few)
+
+
+def test_zeros_timed_on_one_processor_are_drawn_at_every_condition():
+    runs = [timed("deepsparse-fp32", 0.8, 1000, 500), timed("openvino-bf16", None, 600)]
+    for one in (runs, [*runs, on_matrix_units(runs[1])]):
+        _, drawn = processors_figure(speed_frame(one))
+        assert drawn["cpu"].tolist() == [runs[0].processor] and drawn["over best dense"].tolist() == [1.2]
+    for none in (pd.DataFrame(), speed_frame(runs[1:])):
+        with pytest.raises(StudyError, match="no sparse model of full depth is timed"):
+            processors_figure(none)
 
 
 def test_a_papers_speed_up_is_judged_on_every_processor():

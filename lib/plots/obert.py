@@ -267,17 +267,18 @@ def processors_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     """How many times faster than the fastest dense engine zeros are: a curve per processor, a panel per condition.
 
     At each sparsity stands the fastest sparse model of full depth, whatever its engine and pattern; bars are its
-    quartiles and the dense model's. Drawn are the conditions under which several processors timed sparse models.
+    quartiles and the dense model's. Where several processors timed sparse models, the conditions that several timed
+    are drawn; else all.
 
     Raises:
-        StudyError: no condition has two processors.
+        StudyError: no sparse model of full depth was timed.
     """
     condition, ratio = ["batch", "length"], "over best dense"
     full = speed[(speed["layers"] == speed["total"]) & (speed["sparsity"] > 0)] if len(speed) else speed
-    if len(full):
-        full = full[full.groupby(condition)["cpu"].transform("nunique") > 1]
     if full.empty:
-        raise StudyError("oBERT: sparse models are not timed on two processors; see latency.also_with")
+        raise StudyError("oBERT: no sparse model of full depth is timed; run sparse_speed")
+    if full["cpu"].nunique() > 1:
+        full = full[full.groupby(condition)["cpu"].transform("nunique") > 1]
     best = full.sort_values(ratio).groupby(["cpu", *condition, "sparsity"], sort=False).tail(1)
     best = best.sort_values([*condition, "cpu", "sparsity"], ascending=[False, True, True, True])
     panels = list(best.groupby(condition, sort=False))
