@@ -52,7 +52,7 @@ METHODS: dict[str, tuple[str, str, str]] = {
     "hybrid": (GREEN, "h", "Hybrid"),
     "hybrid-filled": (DARK_GREEN, ">", "Hybrid filled"),
     "block": (LIGHT_GREEN, "X", "Blocks everywhere"),
-    "struct": (OLIVE, "d", "Whole heads"),
+    "struct": (OLIVE, "d", "Whole heads and units"),
     "hybrid-top-k": (GREEN, "*", "Hybrid, best k"),
     "hybrid-alone": (GREEN, "v", "Hybrid, no teacher"),
     "hybrid-large": (GREEN, "p", "Hybrid, large teacher"),

@@ -37,8 +37,9 @@ def start(profile: str, **overrides: Any) -> Profile:
         source += f" (not given: {others}only finished records can be shown)"
     text(
         f"Profile **{study.name}**: encoder `{study.encoder}`, {source}, tasks {', '.join(study.tasks)}. "
-        f"Running on {where}, {torch.get_num_threads()} threads, "
-        f"{'bf16 autocast' if use_bf16(study.training.precision) else 'fp32'} training on {device().type}."
+        f"This copy was executed on {where}; what it had to train was trained there ({device().type}, "
+        f"{torch.get_num_threads()} threads, {'bf16 autocast' if use_bf16(study.training.precision) else 'fp32'}). "
+        "Records tell their own machine and precision: provenance, at the end."
     )
     return study
 
@@ -118,11 +119,14 @@ def provenance(study: Profile, records: Iterable[Record]) -> None:
         text("No record was used.")
         return
     versions = {f"{name} {version}" for record in used for name, version in record.packages.items()}
+    trained = [r["training"] for r in used if "training" in r.result]
+    precisions = pd.Series([training.get("precision", "not noted") for training in trained], dtype=str)
     shown = ("torch", "transformers", "datasets", "onnxruntime", "openvino")
     rows = {
         "records": f"{len(used)} in `results/{study.results.name}/runs`",
         "made": " to ".join(sorted({min(r.created for r in used)[:10], max(r.created for r in used)[:10]})),
         "hardware": "; ".join(sorted({r.machine for r in used})),
+        "trained in": ", ".join(f"{name} ({count})" for name, count in precisions.value_counts().items()) or "nothing",
         "compute": f"{sum(r.seconds for r in used) / 60:.0f} minutes in all",
         "commits": ", ".join(sorted({(r.commit or "none")[:10] for r in used})),
         "data digests": ", ".join(sorted({r.data for r in used if r.data})) or "none",

@@ -66,15 +66,19 @@ def of_same_seed(frame: pd.DataFrame, values: pd.Series) -> np.ndarray:
     return values.reindex(pd.MultiIndex.from_frame(frame[["task", "seed"]])).replace(0.0, np.nan).to_numpy()
 
 
-def examples_note(records: Iterable[Record]) -> str:
+def examples_note(records: Iterable[Record], tasks: Iterable[str] | None = None) -> str:
     """The caption's sentence on how much of each data set stands behind its scores, from the dense runs' own counts.
 
     A part of a data set is not the whole that a paper trained and scored on; "" without a dense run.
+
+    Args:
+        tasks: those that the caption is about; None means all.
     """
+    about = None if tasks is None else set(tasks)
     sizes = {
         TASKS[record.spec.task].title: f"{record['train_examples']:,} / {record['eval_examples']:,}"
         for record in records
-        if isinstance(record.spec, TrainSpec) and is_dense(record.spec)
+        if isinstance(record.spec, TrainSpec) and is_dense(record.spec) and (about is None or record.spec.task in about)
     }
     listed = "; ".join(f"{title} {size}" for title, size in sizes.items())
     return f"Examples here, training / scored: {listed}." if sizes else ""

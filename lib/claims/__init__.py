@@ -132,16 +132,22 @@ def leads(claim: str, printed: str, pairs: pd.DataFrame, evidence: str, unit: st
     """Verdict on a claim that one method is better than another, from pairs of runs that differ in it alone.
 
     Every task is judged for itself (``gains_by_task``, whose ``pairs`` and ``unit`` these are). An interval that holds
-    zero decides nothing.
+    zero decides nothing. Beside a task with enough seeds, one with fewer speaks only against a claim (``weighed``).
     """
     found, shown = gains_by_task(pairs, unit)
     if len(found) > 1:
         shown = [f"{gain} on {title}" for gain, title in zip(shown, found, strict=True)]
     judged = [gain for gain in found.values() if gain.n >= ENOUGH_SEEDS]
     better, worse = [gain.low > 0 for gain in judged], [gain.high < 0 for gain in judged]
-    few = [title for title, gain in found.items() if gain.n < ENOUGH_SEEDS]
+    few = {title: gain for title, gain in found.items() if gain.n < ENOUGH_SEEDS}
+    against = [title for title, gain in few.items() if gain.mean < 0]
+    if len(judged) > 1:
+        undecided = len(judged) - sum(better) - sum(worse)
+        evidence += f"; ahead at {sum(better)}, behind at {sum(worse)}, undecided at {undecided}"
+    evidence += f"; n = {' and '.join(str(n) for n in sorted({gain.n for gain in found.values()}))}"
     evidence += f"; too few seeds to judge {', '.join(few)}" if judged and few else ""
-    row = verdict(claim, "quality", printed, "; ".join(shown), better or [False], evidence, seeds_of(pairs))
+    holds = [*better, *[False] * len(against)] if any(better) else better or [False]
+    row = verdict(claim, "quality", printed, "; ".join(shown), holds, evidence, seeds_of(pairs))
     if judged and not any(better) and not any(worse):
         row["verdict"] = "cannot tell: the interval holds zero"
     return row

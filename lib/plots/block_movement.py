@@ -50,7 +50,9 @@ def score_against_density(frame: pd.DataFrame, theirs: pd.DataFrame) -> tuple[Fi
             left.axhline(dense.mean(), color=figures.BLACK, linewidth=0.9)
             figures.retained_line(left, dense.mean())
         if rows["floor"].notna().any():
-            left.axhline(rows["floor"].mean(), color=figures.GREY, linestyle=":", linewidth=0.9)
+            floor = rows["floor"].mean()
+            left.axhline(floor, color=figures.GREY, linestyle=":", linewidth=0.9)
+            right.axhline(100 * floor / dense.mean(), color=figures.GREY, linestyle=":", linewidth=0.9)
         figures.retained_line(right, 100)
     for ax in axes[-2:]:
         ax.set_xlabel("weights left (%)")

@@ -241,7 +241,8 @@ def crossing_table(speed: pd.DataFrame) -> pd.DataFrame:
 
     "from 90 %": faster there and beyond; "without zeros": faster at every sparsity, 0 included; "never": slower at
     every one; "slower to 80 %" alone: slower as far as the curve goes, and sparser models were timed elsewhere only;
-    "overlap": quartiles overlap, so nothing is told. NaN where a curve or the dense model was not timed.
+    "overlap": quartiles overlap, so nothing is told. In brackets: sparsities that were timed elsewhere alone.
+    NaN where a curve or the dense model was not timed.
 
     Args:
         speed: ``analysis.obert.speed_frame`` with at least one sparse model of full depth.
@@ -253,9 +254,9 @@ def crossing_table(speed: pd.DataFrame) -> pd.DataFrame:
         engines = {figures.METHODS[BF16][2]: BF16, "its fastest engine": fastest_dense(here)}
         levels = {against: _dense_level(here, engine) for against, engine in engines.items()}
         for name, _, _, points in _curves(here):
-            last = points["sparsity"].max()
+            last, untimed = points["sparsity"].max(), _untimed(points["sparsity"], full["sparsity"])
             for against, level in levels.items():
-                state = _state(*crossover(points, level), last, end) if level.notna().all() else None
+                state = _state(*crossover(points, level), last, end) + untimed if level.notna().all() else None
                 cells.append({"curve": name, "against dense on": against, "at": f"{batch} × {length}", "state": state})
     table = pd.DataFrame(cells, columns=["curve", "against dense on", "at", "state"])
     rows = ["curve", "against dense on"]
@@ -268,7 +269,8 @@ def processors_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
 
     At each sparsity stands the fastest sparse model of full depth, whatever its engine and pattern; bars are its
     quartiles and the dense model's. Where several processors timed sparse models, the conditions that several timed
-    are drawn; else all.
+    are drawn; else all. Hollow, and not ``complete``, are points at which an engine was not timed that is the fastest
+    at another point of the processor.
 
     Raises:
         StudyError: no sparse model of full depth was timed.
@@ -281,6 +283,10 @@ def processors_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         full = full[full.groupby(condition)["cpu"].transform("nunique") > 1]
     best = full.sort_values(ratio).groupby(["cpu", *condition, "sparsity"], sort=False).tail(1)
     best = best.sort_values([*condition, "cpu", "sparsity"], ascending=[False, True, True, True])
+    timed, fastest = full.groupby(["cpu", *condition, "sparsity"])["engine"].agg(set), best.groupby("cpu")["engine"]
+    winners = fastest.agg(set)
+    places = best[["cpu", *condition, "sparsity"]].itertuples(index=False, name=None)
+    best["complete"] = [winners[place[0]] <= timed[place] for place in places]
     panels = list(best.groupby(condition, sort=False))
     styles = {
         cpu: figures.series_style(number) | {"marker": "osD^v"[number % 5]}
@@ -291,18 +297,28 @@ def processors_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         for cpu, points in here.groupby("cpu", sort=False):
             bars = figures.error_bars(points, ratio, f"{ratio} low", f"{ratio} high")
             ax.errorbar(points["sparsity"], points[ratio], bars, capsize=1.5, elinewidth=0.7, label=cpu, **styles[cpu])
+            open_ = points[~points["complete"]]
+            style = styles[cpu] | {"linestyle": "none", "markerfacecolor": "white"}
+            ax.plot(open_["sparsity"], open_[ratio], zorder=4, **style)
         ax.axhline(1, color=figures.BLACK, linewidth=0.7, linestyle=figures.DASHES)
         ax.set(title=f"batch {batch}, {length} tokens", xlabel="sparsity (%)", xticks=sorted(best["sparsity"].unique()))
     for ax in axes[::2]:
         ax.set_ylabel("× fastest dense")
     figures.outside_legend(fig, columns=1)
-    shown = ["cpu", *condition, "sparsity", "engine", "group", "over fp32", ratio, f"{ratio} low", f"{ratio} high"]
+    interval = [ratio, f"{ratio} low", f"{ratio} high"]
+    shown = ["cpu", *condition, "sparsity", "engine", "group", "over fp32", *interval, "complete"]
     return fig, best[shown].reset_index(drop=True)
 
 
 def fastest_dense(here: pd.DataFrame) -> str:
     """The engine on which the dense model is fastest, of rows of one condition."""
     return str(here[here["sparsity"] == 0].sort_values("anchored ms")["engine"].iloc[0])
+
+
+def _untimed(curve: pd.Series, every: pd.Series) -> str:
+    """Sparsities below a curve's last one that it has no point at, as a cell of ``crossing_table`` names them."""
+    gaps = sorted(value for value in set(every) - set(curve) if 0 < value < curve.max())
+    return f" ({', '.join(f'{value:.0f}' for value in gaps)} not timed)" if gaps else ""
 
 
 def _state(slower: float, faster: float, last: float, end: float) -> str:
