@@ -17,7 +17,7 @@ from lib.training import TrainingSettings, device, use_bf16
 EVAL_BATCH = 64
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, under which moving a model to a GPU leaves parameters that cannot be trained
 def predict(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, features: Dataset, bf16: bool,
             title: str = "evaluating") -> list[list[np.ndarray]]:  # fmt: skip
     """All logits of a model, in the order of ``features``: one list of (tokens or labels,) arrays per output.

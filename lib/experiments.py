@@ -115,7 +115,7 @@ def run_training(spec: TrainSpec, profile: Profile, keep_weights: bool = False) 
     compressor.use_data(_training_data(spec, profile, tokenizer))
     result: dict[str, Any] = {"train_examples": len(data["train"]), "eval_examples": len(data["validation"])}
     if settings.epochs:
-        distiller = _distiller(spec, profile, model)
+        distiller = _distiller(spec, profile, model, tokenizer)
         outcome = fine_tune(
             model, tokenizer, _features(spec, profile, "train"), settings, spec.seed,
             checkpoints_folder(profile, spec), compressor, distiller, label(spec), profile.training.checkpoint_minutes,
@@ -209,10 +209,22 @@ def _with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return model
 
 
-def _distiller(spec: TrainSpec, profile: Profile, student: PreTrainedModel) -> Distiller | None:
+def _distiller(spec: TrainSpec, profile: Profile, student: PreTrainedModel,
+               tokenizer: PreTrainedTokenizerBase) -> Distiller | None:  # fmt: skip
+    """The teacher of a run, which reads the same token ids as the student.
+
+    Raises:
+        StudyError: teacher and student have different vocabularies.
+    """
     if spec.distillation is None or spec.teacher is None:
         return None
-    teacher, _ = finished_model(profile, spec.teacher)
+    teacher, reads = finished_model(profile, spec.teacher)
+    if reads.get_vocab() != tokenizer.get_vocab():
+        raise StudyError(
+            f"distillation: the teacher '{spec.teacher.encoder}' has another vocabulary than '{spec.encoder}', so the "
+            "student's tokens mean something else to it; give a teacher of the same vocabulary (for notebook 04, "
+            "block_movement.large_teacher in the profile, or null)"
+        )
     if spec.distillation.attention_scores:
         expose_attention_scores(student)
         expose_attention_scores(teacher)

@@ -4,7 +4,7 @@ A *configuration* is a run without its seeds. Which of the models to take for a 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,18 @@ def all_records(profile: Profile) -> list[Record]:
         StudyError: one cannot be read; names it.
     """
     return [read_record(path) for path in sorted((profile.results / "runs").glob("*.json"))]
+
+
+def of_encoder(records: Iterable[Record], encoder: str) -> list[Record]:
+    """The records of an encoder's models, and those that are of none: a results folder may hold several encoders."""
+    return [record for record in records if _encoder_of(record.spec) in (encoder, None)]
+
+
+def _encoder_of(spec: Any) -> str | None:
+    """The encoder that a run, or the one that it begins with, compresses."""
+    if hasattr(spec, "encoder"):
+        return str(spec.encoder)
+    return _encoder_of(spec.start) if getattr(spec, "start", None) is not None else None
 
 
 def family(spec: TrainSpec) -> tuple[str, str]:
@@ -103,8 +115,8 @@ def _core_seconds(record: Record) -> float:
 
 
 def overview(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per compressed training run that has a dense run of the same task and seed beside it, and one per engine
-    that made INT8 of a finished run's model.
+    """One row per compressed training run that has a dense run of the same task, seed and encoder beside it, and one
+    per engine that made INT8 of a finished run's model.
 
     ``weights kept (%)`` are the encoder layers' weights that are not zero, ``size (MB)`` is the smallest form in which
     the record says the model was stored (``dense (MB)``: the dense model's), ``cost (core-min)`` the training of the
@@ -114,7 +126,7 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
     by_hash = {record.hash: record for record in records}
     floors = one_label_scores(records)
     runs = [(record.spec, record) for record in records if isinstance(record.spec, TrainSpec)]
-    dense = {(s.task, s.seed): record for s, record in runs if is_dense(s)}
+    dense = {(s.task, s.seed, s.encoder): record for s, record in runs if is_dense(s)}
     rows = []
     for record in records:
         engine = record.spec.engine if isinstance(record.spec, EngineQualitySpec) else ""
@@ -122,7 +134,7 @@ def overview(records: Sequence[Record]) -> pd.DataFrame:
         spec = made.spec if made else None
         if made is None or not isinstance(spec, TrainSpec) or spec.task not in TASKS:  # own data that is not named now
             continue
-        base = dense.get((spec.task, spec.seed))
+        base = dense.get((spec.task, spec.seed, spec.encoder))
         if base is None or (not engine.endswith(INT8) if engine else spec.compressor is None):
             continue
         name, style = _on_engine(spec) if engine else family(spec)

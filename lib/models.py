@@ -45,7 +45,9 @@ ARCHITECTURES: dict[str, PreTrainedConfig] = {
     "bert-large-uncased": BertConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     ),
-    "roberta-base": RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+    "roberta-base": RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+    ),
     "xlnet-base-cased": XLNetConfig(d_model=768, n_layer=12, n_head=12, d_inner=3072),
     "distilbert-base-uncased": DistilBertConfig(),
     "minilm": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
@@ -185,6 +187,21 @@ def architecture_of(encoder: str) -> str | None:
         return "tiny"
     known = encoder in ARCHITECTURES and (encoder == "minilm" or not Path(encoder).is_dir())
     return encoder if known else None
+
+
+def same_size(encoder: str) -> str | None:
+    """The name in ``ARCHITECTURES`` of what an encoder is, or of what has its sizes; None for any other size.
+
+    Raises:
+        StudyError: as ``load_config``.
+    """
+    known = architecture_of(encoder)
+    if known is not None:
+        return known
+    config = load_config(encoder)
+    sizes = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    ours = [getattr(config, name, None) for name in sizes]
+    return next((n for n, c in ARCHITECTURES.items() if [getattr(c, name, None) for name in sizes] == ours), None)
 
 
 def load_config(encoder: str) -> PreTrainedConfig:

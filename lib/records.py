@@ -52,6 +52,10 @@ class Record(Strict):
         units = dense_units(self.hardware.get("isa", ()))
         return str(self.hardware.get("cpu") or "") + f" ({units})" * bool(units)
 
+    def ran_on(self, engine: str) -> str:
+        """What an engine of this run computed on: the GPU for CUDA's, the processor for the others."""
+        return self.machine if "cuda" in engine else self.processor
+
     def __getitem__(self, key: str) -> Any:
         """``record["score"]`` is ``record.result["score"]``."""
         return self.result[key]

@@ -85,7 +85,7 @@ def unlabelled(spec: TextDistillationSpec, profile: Profile, tokenizer: PreTrain
     return concatenate_datasets(parts)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, under which moving a model to a GPU leaves parameters that cannot be trained
 def held_out_terms(model: PreTrainedModel, distiller: Distiller, tokenizer: PreTrainedTokenizerBase,
                    features: Dataset, precision: str) -> dict[str, float]:  # fmt: skip
     """Mean of every term of the distillation over ``features``, unweighted."""

@@ -382,6 +382,8 @@ def test_only_quality_needs_seeds(check, holds, seeds, word):
     [
         ({"rte": [2.0, 2.2, 1.8], "cola": [9.0, 9.1]}, "holds", ""),
         ({"rte": [2.0, 2.2, 1.8], "cola": [80.0]}, "holds", "CoLA"),
+        ({"rte": [2.0, 2.2, 1.8], "cola": [-0.1]}, "holds in part", "CoLA"),
+        ({"rte": [-2.0, -2.2, -1.8], "cola": [-0.1]}, "does not hold here", "CoLA"),
         ({"rte": [2.0, 2.2, 1.8], "cola": [-9.0, -9.1]}, "holds in part", ""),
         ({"rte": [-2.0, -2.2, -1.8], "cola": [-9.0, 9.0]}, "does not hold here", ""),
         ({"rte": [-2.0, 2.2, 1.8], "cola": [80.0]}, "cannot tell: the interval holds zero", "CoLA"),
@@ -395,7 +397,10 @@ def test_a_lead_is_judged_on_every_task_for_itself(gains, word, few):
     ])  # fmt: skip
     row = claims.leads("a claim", "+1", pairs, "pairs")
     assert row["verdict"] == word and " on RTE; " in row["ours"]
-    assert row["evidence"] == "pairs" + (f"; too few seeds to judge {few}" if few else "")
+    counts = sorted({len(part) for part in gains.values()})
+    assert f"; n = {' and '.join(map(str, counts))}" in row["evidence"]
+    assert row["evidence"].endswith(f"; too few seeds to judge {few}") == bool(few)
+    assert ("; ahead at " in row["evidence"]) == (counts[0] > 1), "counted where several tasks are judged"
 
 
 def test_pairs_of_one_seed_count_once():
@@ -593,7 +598,8 @@ def test_a_point_of_both_kinds_is_judged_beside_the_claims():
     row = structured_claims._best(frame, "both", ("gain", "random"))
     assert row["claim"].endswith(claims.NOT_CLAIMED) and (row["published"], row["verdict"]) == ("–", "holds in part")
     assert "+1.0 points (+1.0 to +1.0) on 44 % of heads and 48 % of units" in row["ours"]
-    assert row["evidence"].endswith("at 1 of 2, against the best of the others there (gain); not run: random")
+    assert "at 1 of 2, against the best of the others there (gain); not run: random; " in row["evidence"]
+    assert "ahead at 1, behind at " in row["evidence"]
 
 
 def test_nothing_is_a_share_of_a_dense_model_that_scores_nothing():
@@ -605,7 +611,13 @@ def test_nothing_is_a_share_of_a_dense_model_that_scores_nothing():
 def test_captions_count_the_examples_behind_a_score():
     runs = [record(dense(task, 0), train_examples=12298, eval_examples=1391) for task in TASKS[:1]]
     assert examples_note(runs) == "Examples here, training / scored: RTE 12,298 / 1,391."
-    assert examples_note([]) == ""
+    assert examples_note([]) == examples_note(runs, ["cola"]) == ""
+    assert examples_note(runs, ["rte"]) == examples_note(runs)
+
+
+def test_what_a_gpu_timed_is_not_called_the_processors():
+    timed = record(dense()).model_copy(update={"hardware": {"cpu": "Toy CPU", "gpu": "Toy GPU"}})
+    assert timed.ran_on("pytorch-cuda-fp16") == "Toy GPU" and timed.ran_on("onnxruntime-int8") == "Toy CPU"
 
 
 def test_verdicts_say_which_papers_are_missing(tmp_path):

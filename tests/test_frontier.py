@@ -14,7 +14,7 @@ from lib import figures, frontier, plans, recipes
 from lib.blocks import dense_weights
 from lib.compressors import COMPRESSORS, CompressorSpec
 from lib.config import StudyError, load_profile
-from lib.models import load_model
+from lib.models import load_config, load_model
 from lib.plans.frontier import FACTORS, HYBRID, latency_model, recipe_name
 from lib.records import weights_folder
 from lib.runs import ensure
@@ -113,9 +113,12 @@ def test_recipes_timed_on_two_processors_have_rows_for_both(series):
     ],
 )
 def test_an_aim_is_reached_by_what_keeps_enough_and_says_what_that_rests_on(changes, waiting, outcome):
-    fast = {"recipe": "fast", "engine": "a", "retained": 98.5, "speed": 12.0, "speed q1": 11.0, "n": 2} | changes
-    slow = {"recipe": "slow", "engine": "b", "retained": 99.0, "speed": 4.0, "speed q1": 3.9, "n": 2}
-    first, second = recipes.aims(pd.DataFrame([fast, slow]), waiting).to_dict("records")
+    fast = {"recipe": "fast", "engine": "a", "retained": 98.5, "speed": 12.0, "speed q1": 11.0, "ms": 2.0, "n": 2}
+    slow = {"recipe": "slow", "engine": "b", "retained": 99.0, "speed": 4.0, "speed q1": 3.9, "ms": 6.0, "n": 2}
+    dense = {"recipe": "dense", "engine": "a", "retained": 100.0, "speed": 1.0, "speed q1": 1.0, "ms": 5.0, "n": 2}
+    fast |= changes
+    first, second = recipes.aims(pd.DataFrame([fast, slow, dense]), waiting).to_dict("records")
+    assert second["× dense there"] == 2.5, "on its own engine"
     assert first["aim"].startswith("10 ×") and first["outcome"] == outcome
     kept = fast["retained"] >= 98
     assert first["fastest within the loss"] == ("fast, on a" if kept else "slow, on b")
@@ -253,6 +256,31 @@ def test_shares_refer_to_the_dense_model_without_a_teacher_whatever_the_order(se
     for order in ([base, other, pruned], [other, base, pruned], [pruned, base, other]):
         (row,) = frontier.overview(order).to_dict("records")
         assert row["retained"] == pytest.approx(frontier.share(pruned["score"], base["score"]), nan_ok=True)
+
+
+def test_shares_refer_to_the_dense_model_of_the_same_encoder(series):
+    """A large teacher's record, or a folder that another encoder was tried in, lies beside."""
+    study, records, _ = series
+    base = next(record for record in records if record.hash == spec_hash(dense_spec(study, "world_qa", 0)))
+    large = base.spec.model_copy(update={"encoder": "bert-large-uncased"})
+    other = base.model_copy(update={"hash": spec_hash(large), "spec": large})
+    pruned = next(record for record in records if record.hash == spec_hash(plans.recipes(study, 0)["2 layers dropped"]))
+    (row,) = frontier.overview([base, other, pruned]).to_dict("records")
+    assert row["dense (MB)"] == base["model"]["size_bytes"] / 1e6
+    assert frontier.overview([other, pruned]).empty
+    engine = next(r for r in frontier.all_records(study) if isinstance(r.spec, EngineQualitySpec))
+    assert frontier.of_encoder([base, other, pruned, engine], study.encoder) == [base, pruned, engine]
+
+
+def test_recipes_are_timed_at_the_size_of_ones_own_encoder(series, tmp_path):
+    study, records, _ = series
+    for layers, timed in ((4, "tiny"), (5, None)):
+        config = load_config("tiny-bert")
+        config.num_hidden_layers = layers
+        config.save_pretrained(tmp_path / str(layers))
+        own = study.model_copy(update={"encoder": str(tmp_path / str(layers))})
+        found = [model.architecture for spec in plans.recipe_latency(own, records) for model in spec.models.values()]
+        assert set(found) == ({timed} if timed else set())
 
 
 def test_every_run_of_a_chain_costs_once(series):

@@ -589,6 +589,21 @@ def test_the_first_stages_weights_are_made_again_when_only_the_record_travelled(
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
 
 
+def test_a_model_that_was_moved_while_its_loss_was_measured_still_trains(profile, monkeypatch):
+    """To a GPU, which makes new parameters; under inference_mode those would take no gradients."""
+    moved = []
+
+    def to_another_device(model, *_):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        moved.append(model)
+        return model
+
+    monkeypatch.setattr(torch.nn.Module, "to", to_another_device)
+    experiments.run_text_distillation(text_stage(profile, "kron8"), profile)
+    assert moved and not any(parameter.is_inference() for model in moved for parameter in model.parameters())
+
+
 def test_an_encoder_of_another_kind_does_not_go_under_the_head(small_model):
     with pytest.raises(StudyError, match=r"first stage: .* does not fit; give both stages one encoder"):
         under_head(small_model("distilbert").distilbert, small_model("bert"))

@@ -71,8 +71,8 @@ def test_the_opening_says_what_the_notebook_will_run_on(profile_file, shown, mac
     assert study == load_profile(path, seeds=2) and study.task_seeds("world_pair") == (0, 1)
     (text,) = shown
     assert text.startswith(
-        "Profile **tiny**: encoder `tiny-bert`, embedded data, tasks world_sentiment, world_pair. This copy was executed on "
-        f"Toy CPU; what it had to train was trained there ({device().type}, 1 threads, fp32). "
+        "Profile **tiny**: encoder `tiny-bert`, embedded data, tasks world_sentiment, world_pair. This copy was "
+        f"executed on Toy CPU; what it had to train was trained there ({device().type}, 1 threads, fp32). "
     )
 
 
@@ -180,7 +180,7 @@ def test_provenance_of_nothing_says_so(study, shown):
 
 def test_provenance_of_one_record(study, shown):
     assert provenance(study, shown, record(0, data=None, commit=None)) == {
-        "records": "1 in `results/results/runs`", "made": "2026-02-03", "hardware": "Toy CPU",
+        "records": "1 in `results/results/runs`", "made": "2026-02-03", "hardware": "Toy CPU", "trained in": "nothing",
         "compute": "1 minutes in all", "commits": "none", "data digests": "none", "packages": "torch 2.9.0",
     }  # fmt: skip
 
@@ -190,9 +190,12 @@ def test_provenance_of_several_counts_each_once_and_names_every_condition(study,
         1, created="2026-01-30T23:00:00+00:00", seconds=150.0, data="d2", commit="b" * 40,
         hardware={"cpu": "Toy CPU", "gpu": "Toy GPU"}, packages={"torch": "2.8.0", "transformers": "5.0.0"},
     )  # fmt: skip
-    found = provenance(study, shown, record(0), other, record(0), record(2, data=None))
+    first = record(0, result={"training": {"precision": "bf16 autocast"}})
+    other = other.model_copy(update={"result": {"training": {}}})
+    found = provenance(study, shown, first, other, first, record(2, data=None))
     assert found == {
         "records": "3 in `results/results/runs`", "made": "2026-01-30 to 2026-02-03",
-        "hardware": "Toy CPU; Toy GPU", "compute": "4 minutes in all", "commits": f"{'a' * 10}, {'b' * 10}",
+        "hardware": "Toy CPU; Toy GPU", "trained in": "bf16 autocast (1), not noted (1)",
+        "compute": "4 minutes in all", "commits": f"{'a' * 10}, {'b' * 10}",
         "data digests": "d1, d2", "packages": "torch 2.8.0, torch 2.9.0, transformers 5.0.0",
     }  # fmt: skip

@@ -697,3 +697,17 @@ def test_a_bad_spec_file_is_one_line(profile_file, capsys, tmp_path, monkeypatch
 def test_a_bad_command_line_is_one_line(capsys, arguments, said):
     code, out, err = cli(capsys, *arguments)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(monkeypatch, profile):
+    """Its ids are other words: a crash on a GPU, or, worse, none."""
+    spec = dense_spec(profile, "world_sentiment", 0)
+    taught = spec.model_copy(update={"teacher": spec, "distillation": Distillation()})
+    model, tokenizer = experiments.load_model("tiny-bert", "classification", 2), experiments.load_tokenizer("tiny-bert")
+    other = experiments.load_tokenizer("tiny-bert")
+    other.add_tokens(["anotherword"])
+    monkeypatch.setattr(experiments, "finished_model", lambda *_: (model, other))
+    with pytest.raises(StudyError, match="has another vocabulary than 'tiny-bert'"):
+        experiments._distiller(taught, profile, model, tokenizer)
+    monkeypatch.setattr(experiments, "finished_model", lambda *_: (model, experiments.load_tokenizer("tiny-bert")))
+    assert experiments._distiller(taught, profile, model, tokenizer) is not None

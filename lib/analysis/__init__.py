@@ -108,7 +108,7 @@ def summarise(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFram
 def latency_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per timed model and engine, with its conditions and the hardware it ran on."""
     rows = [
-        row | {"cpu": record.processor} | record["models"][row["model"]]
+        row | {"cpu": record.ran_on(row["engine"])} | record["models"][row["model"]]
         | {"file_bytes": row["size_bytes"], "agreement": record["agreement"][row["name"]]["relative_diff"]}
         for record in records
         if isinstance(record.spec, LatencySpec)
@@ -121,7 +121,7 @@ def training_speed_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per model of a training-speed run, with its conditions."""
     rows = [
         row | {"batch": record.spec.batch, "length": record.spec.length, "threads": record.spec.threads,
-               "precision": "bf16" if record.spec.bf16 else "fp32", "cpu": record.processor}
+               "precision": "bf16" if record.spec.bf16 else "fp32", "cpu": record.machine}
         for record in records
         if isinstance(record.spec, TrainingSpeedSpec)
         for row in record["rows"]

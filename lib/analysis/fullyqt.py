@@ -198,7 +198,7 @@ def engine_quality_frame(records: Iterable[Record]) -> pd.DataFrame:
 def translation_latency_frame(records: Iterable[Record]) -> pd.DataFrame:
     """One row per engine and condition that the translation model was timed at."""
     rows = [
-        row | {"cpu": record.processor, "hidden_size": record.spec.shape.hidden_size,
+        row | {"cpu": record.ran_on(row["engine"]), "hidden_size": record.spec.shape.hidden_size,
                "layers": record.spec.shape.layers, "agreement": record["agreement"][row["name"]]["relative_diff"]}
         for record in records if isinstance(record.spec, TranslationLatencySpec)
         for row in record["rows"]

@@ -212,7 +212,7 @@ def speed_frame(records: Iterable[Record]) -> pd.DataFrame:
                 "family": row["engine"].split("-")[0], "layers": total - len(model.drop), "total": total,
                 "sparsity": 100 * model.sparsity, "group": model.group, "batch": row["batch"], "length": row["length"],
                 "threads": row["threads"], "n": row["n"], "ms": row["median_ms"], "q1_ms": row["q1_ms"],
-                "q3_ms": row["q3_ms"], "run": record.hash, "cpu": record.processor,
+                "q3_ms": row["q3_ms"], "run": record.hash, "cpu": record.ran_on(row["engine"]),
                 "isa": " ".join(record.hardware.get("isa", ())), "instructions": spec.instructions,
                 "file (MB)": row["size_bytes"] / 1e6,
             })  # fmt: skip

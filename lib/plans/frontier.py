@@ -8,7 +8,7 @@ other methods whose models a dense engine can quantise: hybrid blocks, filled, a
 from lib.compressors.layer_dropping import layers_to_drop
 from lib.config import StudyError
 from lib.kronecker_models import configuration
-from lib.models import ARCHITECTURES
+from lib.models import ARCHITECTURES, same_size
 from lib.plans.block_movement import filled
 from lib.plans.block_movement import pruned as pruned_in_blocks
 from lib.plans.common import at_hand, encoder_layers, on_other_processors, timed_architecture
@@ -102,12 +102,18 @@ def recipe_latency(profile: Profile, records: list[Record]) -> list[Spec]:
     """Latency of every recipe that is finished, on every engine, beside the dense model on the reference engine.
 
     The models have the recipes' shapes and random weights. One seed stands for all: seeds differ in which heads and
-    units a layer keeps, hardly in how many.
+    units a layer keeps, hardly in how many. Empty where the encoder has the sizes of no published architecture.
+
+    Raises:
+        StudyError: the encoder cannot be read.
     """
+    size = same_size(profile.encoder)
+    if size is None:
+        return []
     settings, latency = profile.frontier, profile.latency
     seed = recipe_seeds(profile)[0]
     done = {record.hash: record for record in records}
-    architecture = timed_architecture(profile)
+    architecture = timed_architecture(profile) if ARCHITECTURES[size].model_type == "xlnet" else size
     models = {DENSE: LatencyModel(architecture=architecture)}
     for name, spec in recipes(profile, seed).items():
         record = done.get(spec_hash(spec))
