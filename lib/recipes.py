@@ -30,6 +30,7 @@ from lib.specs import EngineQualitySpec, TrainSpec, spec_hash
 TIMED = {"speed": "ratio_to_dense", "speed q1": "ratio_q1", "speed q3": "ratio_q3", "ms": "median_ms"}
 AIMS = ((10, 98.0), (29, 92.5))  # times faster than the dense model on the reference engine, percent of the score kept
 NOTHING = "nothing measured here is within it"
+NOT_TIMED = "not timed on this processor"
 
 
 def by_seed(study: Profile, records: Iterable[Record], timed: Iterable[Record]) -> pd.DataFrame:
@@ -176,6 +177,9 @@ def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], 
     dense = means[means["recipe"] == DENSE].set_index("engine")["ms"]
     for engine in ["any", *dict.fromkeys(means["engine"])]:
         there = means[means["speed"].notna() & ((means["engine"] == engine) | (engine == "any"))]
+        if there.empty:
+            rows.append({"engine": engine, "take": NOT_TIMED})
+            continue
         accepted: dict[int | None, list[str]] = {}
         for _, value, within in bounds:
             good = there[within.reindex(there.index)].sort_values(best_by, kind="stable")
@@ -198,7 +202,7 @@ def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], 
 
 def taken(table: pd.DataFrame) -> list[str]:
     """The recipes that a table of ``decisions`` or ``within_latency`` names, each once."""
-    return [name for name in dict.fromkeys(table["take"].str.split(", on ").str[0]) if name != NOTHING]
+    return [name for name in dict.fromkeys(table["take"].str.split(", on ").str[0]) if name not in (NOTHING, NOT_TIMED)]
 
 
 def export(study: Profile, recipe: str, about: Mapping[str, Any], train: bool = False) -> Path | None:

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import AutoModel
 
 from lib import figures, frontier, plans, recipes
 from lib.blocks import dense_weights
@@ -54,6 +55,7 @@ def test_decisions_take_the_fastest_within_the_loss():
     assert recipes.decisions(twin, [5.0])["take"].tolist()[0] == "twin, on a", "as fast, and better"
     untimed = recipes.decisions(MEANS.assign(speed=np.nan), [2.0])
     assert untimed.columns.tolist() == table.columns.tolist() and untimed["ms"].isna().all()
+    assert set(untimed["take"]) == {recipes.NOT_TIMED} and recipes.taken(untimed) == []
 
 
 def test_what_keeps_most_within_a_latency():
@@ -277,7 +279,7 @@ def test_recipes_are_timed_at_the_size_of_ones_own_encoder(series, tmp_path):
     for layers, timed in ((4, "tiny"), (5, None)):
         config = load_config("tiny-bert")
         config.num_hidden_layers = layers
-        config.save_pretrained(tmp_path / str(layers))
+        AutoModel.from_config(config).save_pretrained(tmp_path / str(layers))
         own = study.model_copy(update={"encoder": str(tmp_path / str(layers))})
         found = [model.architecture for spec in plans.recipe_latency(own, records) for model in spec.models.values()]
         assert set(found) == ({timed} if timed else set())

@@ -779,6 +779,9 @@ def test_verdicts_follow_the_numbers():
         "without it 6 of 6 do no better than one answer for all: their training loss ended at 97 % of its start or "
         "more, at the learning rate of the others"
     )
+    assert (row["ours"], row["verdict"]) == ("nothing to compare", "not testable here")
+    learnt = claims_of.verdicts(useless.assign(**{"loss left (%)": 30.0}), timed(0.8, 1.2)).set_index("claim")
+    assert learnt.loc["The first stage is worth much", "verdict"] == "holds", "it learnt, and scores badly without it"
     mixed = timed(0.8, 1.2)
     for column in ("ratio_to_dense", "ratio_q1", "ratio_q3"):
         mixed.loc[mixed["engine"] == "e1", column] = [1.0, 1.1, 0.9]

@@ -116,8 +116,14 @@ def _collapses(whole: pd.DataFrame, bits: int) -> dict[str, str]:
     shown, means_of_best = kept_by_task(at_best)
     ways = ", ".join(PROCEDURES[name] for name in best["procedure"].unique())
     evidence = f"retained BLEU of the best way ({ways}); collapse: under {COLLAPSED:.0f} %; {SECOND_HAND}"
-    holds = weighed(at_best, means_of_best < COLLAPSED)
-    return verdict(claim, "quality", _printed(bits, "aware"), shown, holds, evidence, seeds_of(rows))
+    ends = at_best.groupby("title")["retained"].agg(["min", "max"]).reindex(means_of_best.index)
+    open_ = (ends["min"] < COLLAPSED) & (ends["max"] >= COLLAPSED)
+    answers = zip(weighed(at_best, means_of_best < COLLAPSED), open_, strict=True)
+    holds = [None if undecided else answer for answer, undecided in answers]
+    row = verdict(claim, "quality", _printed(bits, "aware"), shown, holds, evidence, seeds_of(rows))
+    if open_.any() and all(answer is None for answer in holds):
+        row["verdict"] = "cannot tell: the range over seeds holds the bound"
+    return row
 
 
 def _diverges(frame: pd.DataFrame, guards: str, claimed: str = "") -> dict[str, str]:
@@ -138,5 +144,5 @@ def _diverges(frame: pd.DataFrame, guards: str, claimed: str = "") -> dict[str, 
         most, least = measured["spread"].max(), measured["vanishes"].min()
         holds = None if most < least else holds
         evidence += f"; a variance vanishes where denominators differ {least:.1f} times, the finished models' "
-        evidence += f"differ {most:.1f} times at most"
+        evidence += f"differ {most:.1f} times at most on {', '.join(rows['title'].unique())}"
     return verdict(claim, "quality", "it diverges", ours, holds, evidence, seeds_of(rows))

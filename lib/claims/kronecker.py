@@ -19,6 +19,7 @@ from lib.claims import (
 from lib.data import TASKS
 from lib.published import published
 
+UNTRAINED = 90.0  # percent of its first loss at which a training that gives one answer for all has learnt nothing
 NEARLY_ALL = 99.0  # percent of the dense score
 
 
@@ -181,5 +182,9 @@ def _ablation(frame: pd.DataFrame, variant: str, claim: str, text: str, teacher:
             f"; without it {len(useless)} of {len(rivals)} do no better than one answer for all: their training "
         )
         evidence += f"loss ended at {left:.0f} % of its start or more, at the learning rate of the others"
+    untrained = useless[useless["loss left (%)"] > UNTRAINED]
+    pairs = pairs[~pairs.index.isin(pd.MultiIndex.from_frame(untrained[["task", "seed"]]))]
+    if pairs.empty:  # a training that never began says nothing of what the stage is worth
+        return verdict(claim, "quality", printed, "nothing to compare", None, evidence)
     gains = (pairs["full"] - pairs[variant]).rename("gain").reset_index()
     return leads(claim, printed, gains, evidence, "points with it")

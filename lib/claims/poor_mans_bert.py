@@ -120,7 +120,7 @@ def _top_is_best(glue: pd.DataFrame, layers: int) -> dict[str, str]:
     if "top" not in means or len(means) < 2:
         return verdict(claim, "quality", "best at K = 6", NOT_RUN, None, left_out.removeprefix("; "))
     best = means.index[0]
-    ours = f"{list(means.index).index('top') + 1} of {len(means)}" + (
+    ours = f"rank {list(means.index).index('top') + 1} of {len(means)}" + (
         "" if best == "top" else f" ({best} {means.iloc[0]:.1f} %, top {means['top']:.1f} %)"
     )
     evidence = f"retained share at half of the layers, mean over {_titles(compared)}, {_seeds(compared)}{left_out}"
