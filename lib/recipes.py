@@ -178,7 +178,7 @@ def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], 
     for engine in ["any", *dict.fromkeys(means["engine"])]:
         there = means[means["speed"].notna() & ((means["engine"] == engine) | (engine == "any"))]
         if there.empty:
-            rows.append({"engine": engine, "take": NOT_TIMED})
+            rows += [{"engine": engine, "take": NOT_TIMED}] * bool(bounds)
             continue
         accepted: dict[int | None, list[str]] = {}
         for _, value, within in bounds:

@@ -323,7 +323,7 @@ def test_what_the_rows_say():
     kept = found.loc["Half of the layers, dropped from the top, keep nearly all of the score"]
     assert kept["ours"] == "99.4 % (98.8–100.0) on RTE (n = 2)"
     assert kept["evidence"] == "not in the paper: 99.4 % (98.8–100.0) on CoLA (n = 2)"
-    assert found.loc["Dropping from the top is the best or near-best strategy", "ours"] == "1 of 2"
+    assert found.loc["Dropping from the top is the best or near-best strategy", "ours"] == "rank 1 of 2"
     order = found.loc["Dropping from the fine-tuned model and fine-tuning again is comparable"]
     assert order["ours"] == "+0.0 points (+0.0 to +0.0) on CoLA; +0.0 points (+0.0 to +0.0) on RTE"
     assert "paired over 4" in order["evidence"]
@@ -483,7 +483,7 @@ def test_a_strategy_that_lacks_runs_is_compared_on_the_shared_ones():
     empty = training_speed_frame([])
     found = claims_of.verdicts(LAYERS, curves, curves, empty, empty).set_index("claim")
     row = found.loc["Dropping from the top is the best or near-best strategy"]
-    assert row["ours"] == "1 of 2" and "mean over RTE, 2 seeds each" in row["evidence"]
+    assert row["ours"] == "rank 1 of 2" and "mean over RTE, 2 seeds each" in row["evidence"]
 
 
 def test_operating_points_stand_beside_their_own_row_of_the_paper():
