@@ -70,9 +70,10 @@ def test_the_opening_says_what_the_notebook_will_run_on(profile_file, shown, mac
     study = notebook.start(str(path), seeds=2)
     assert study == load_profile(path, seeds=2) and study.task_seeds("world_pair") == (0, 1)
     (text,) = shown
-    assert text.startswith(
+    assert text == (
         "Profile **tiny**: encoder `tiny-bert`, embedded data, tasks world_sentiment, world_pair. This copy was "
         f"executed on Toy CPU; what it had to train was trained there ({device().type}, 1 threads, fp32). "
+        "Records tell their own machine and precision: provenance, at the end."
     )
 
 
