@@ -177,8 +177,8 @@ def _choices(means: pd.DataFrame, bounds: Sequence[tuple[str, str, pd.Series]], 
     dense = means[means["recipe"] == DENSE].set_index("engine")["ms"]
     for engine in ["any", *dict.fromkeys(means["engine"])]:
         there = means[means["speed"].notna() & ((means["engine"] == engine) | (engine == "any"))]
-        if there.empty:
-            rows += [{"engine": engine, "take": NOT_TIMED}] * bool(bounds)
+        if there.empty and bounds:
+            rows.append({"engine": engine, "take": NOT_TIMED})
             continue
         accepted: dict[int | None, list[str]] = {}
         for _, value, within in bounds:

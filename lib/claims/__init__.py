@@ -140,14 +140,14 @@ def leads(claim: str, printed: str, pairs: pd.DataFrame, evidence: str, unit: st
     judged = [gain for gain in found.values() if gain.n >= ENOUGH_SEEDS]
     better, worse = [gain.low > 0 for gain in judged], [gain.high < 0 for gain in judged]
     few = {title: gain for title, gain in found.items() if gain.n < ENOUGH_SEEDS}
-    against = [title for title, gain in few.items() if gain.mean < 0]
+    against = [gain for gain in few.values() if gain.mean < 0]
     if len(judged) > 1:
         undecided = len(judged) - sum(better) - sum(worse)
         evidence += f"; ahead at {sum(better)}, behind at {sum(worse)}, undecided at {undecided}"
     evidence += f"; n = {' and '.join(str(n) for n in sorted({gain.n for gain in found.values()}))}"
     evidence += f"; too few seeds to judge {', '.join(few)}" if judged and few else ""
-    holds = [*better, *[False] * len(against)] if any(better) else better or [False]
-    row = verdict(claim, "quality", printed, "; ".join(shown), holds, evidence, seeds_of(pairs))
+    holds = better + [False] * len(against)
+    row = verdict(claim, "quality", printed, "; ".join(shown), holds or [False], evidence, seeds_of(pairs))
     if judged and not any(better) and not any(worse):
         row["verdict"] = "cannot tell: the interval holds zero"
     return row

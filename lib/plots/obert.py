@@ -283,8 +283,8 @@ def processors_figure(speed: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
         full = full[full.groupby(condition)["cpu"].transform("nunique") > 1]
     best = full.sort_values(ratio).groupby(["cpu", *condition, "sparsity"], sort=False).tail(1)
     best = best.sort_values([*condition, "cpu", "sparsity"], ascending=[False, True, True, True])
-    timed, fastest = full.groupby(["cpu", *condition, "sparsity"])["engine"].agg(set), best.groupby("cpu")["engine"]
-    winners = fastest.agg(set)
+    timed = full.groupby(["cpu", *condition, "sparsity"])["engine"].agg(set)
+    winners = best.groupby("cpu")["engine"].agg(set)
     places = best[["cpu", *condition, "sparsity"]].itertuples(index=False, name=None)
     best["complete"] = [winners[place[0]] <= timed[place] for place in places]
     panels = list(best.groupby(condition, sort=False))
